@@ -1,0 +1,56 @@
+"""What a message is: plain, frozen, typed data that survives a round trip through msgpack.
+
+`Message` is told, `Request[Reply]` is asked and answered with a `Reply`. Arrays travel as `Array`: bytes, dtype and
+shape, so that encoding is a copy of memory and no framework's tensor ever sits on the bus.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+Reply = TypeVar("Reply")
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of everything that is told."""
+
+
+class Request(Message, Generic[Reply], frozen=True, kw_only=True):
+    """Base of everything that is asked: `class Grade(Request[Score])` is answered with a `Score`."""
+
+
+class Array(msgspec.Struct, frozen=True, array_like=True):
+    """An array as plain data. `Array.of(np.array([1, 2], "int32")).numpy()` gives it back without a copy, read-only."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> Array:
+        array = np.ascontiguousarray(values, dtype=dtype)
+        return cls(array.dtype.str, array.shape, array.tobytes())
+
+    def numpy(self) -> npt.NDArray[Any]:
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    return _encoder.encode(message)
+
+
+def round_trip(value: Any) -> Any:
+    """Encodes and decodes a struct (anything else passes through): proves that a message is plain data."""
+    if isinstance(value, msgspec.Struct):
+        return msgspec.msgpack.decode(_encoder.encode(value), type=type(value))
+    return value
