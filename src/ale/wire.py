@@ -6,7 +6,7 @@ shape, so that encoding is a copy of memory and no framework's tensor ever sits 
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import msgspec
 import numpy as np
@@ -40,6 +40,14 @@ class Array(msgspec.Struct, frozen=True, array_like=True):
 
     def __len__(self) -> int:
         return self.shape[0]
+
+
+def reply_type(request: type[Request[Any]]) -> Any:
+    """The type that answers a request: `Score` for `class Grade(Request[Score])`."""
+    for base in getattr(request, "__orig_bases__", ()):
+        if get_origin(base) is Request:
+            return get_args(base)[0]
+    raise TypeError(f"{request.__name__} does not say what answers it: derive it from Request[Reply]")
 
 
 _encoder = msgspec.msgpack.Encoder()

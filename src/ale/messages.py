@@ -1,0 +1,224 @@
+"""Every struct that crosses the bus or a process boundary, each with one worked example.
+
+Array names carry their axes: T tokens of a trajectory, A its action tokens (those the policy sampled), C its chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ale.envs.task import Task
+from ale.wire import Array, Message, Request
+
+Finish = Literal["stop", "length"]
+
+# Generation
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """`Sampling(temperature=0.7, top_p=0.8, top_k=20, max_tokens=128, stop=(2,), seed=7)`. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    max_tokens: int = 64
+    stop: tuple[int, ...] = ()
+    seed: int = 0
+
+
+class Turn(Message, frozen=True):
+    """What the policy sampled: `Turn(tokens=[12, 7, 2], logp=[-0.1, -2.0, -0.01], ..., finish="stop")`.
+
+    `logp_A` is the log-probability under the untruncated distribution at the sampling temperature (at 1 where that
+    is 0), `logp_sampled_A` the one under the distribution really drawn from (top-p, top-k), `version_A` the policy
+    version that computed each token.
+    """
+
+    tokens_A: Array
+    logp_A: Array
+    logp_sampled_A: Array
+    version_A: Array
+    finish: Finish
+
+
+class Generate(Request[Turn], frozen=True):
+    """`Generate(session="g3/1", prompt_T=[5, 9, 31], sampling=Sampling())`: continue exactly these tokens.
+
+    `session` names the episode: what its earlier turns left in the KV cache is reused as far as the tokens agree.
+    """
+
+    session: str
+    prompt_T: Array
+    sampling: Sampling
+
+
+class EndSession(Request[None], frozen=True):
+    """`EndSession(session="g3/1")`: forget the episode; a turn still being generated is abandoned."""
+
+    session: str
+
+
+class LoadWeights(Request[None], frozen=True):
+    """`LoadWeights(version=4, slot=1)`: from the next token on, sample from the weights in this slot of the ring."""
+
+    version: int
+    slot: int
+
+
+# Episodes
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Action tokens between two interactions with the environment: `Chunk(start=31, end=44, ending="call")`.
+
+    `start` and `end` are positions in the trajectory's tokens; a chunk is one run of sampled tokens. `error` marks a
+    chunk that caused a tool-call or execution error, `relevant` one that belongs to the task at hand: they are m_err
+    and m_task of eq. 2.
+    """
+
+    start: int
+    end: int
+    ending: Literal["call", "answer", "malformed", "cut"]
+    error: bool = False
+    relevant: bool = True
+
+
+class ToolResult(msgspec.Struct, frozen=True):
+    """`ToolResult(call="ls", output="a.txt", exit_code=0, duration_s=0.002)`: one interaction, as the log shows it."""
+
+    call: str
+    output: str
+    exit_code: int | None = None
+    timed_out: bool = False
+    duration_s: float = 0.0
+
+
+Status = Literal[
+    "scored",
+    "sandbox_failure",
+    "policy_failure",
+    "evaluator_error",
+    "episode_timeout",
+    "illegal_tool_calls",
+    "bad_reward",
+    "bad_logprob",
+]
+"""`scored`, or why the trajectory must not be trained on."""
+
+
+class Trajectory(Message, frozen=True):
+    """One episode: `Trajectory(id="g3/1", task="copy-7", tokens_T=[...], chunks=(Chunk(31, 44, "call"),), reward=1.0)`.
+
+    Everything that was sampled is here exactly as it was sampled: `logp_A`, `logp_sampled_A` and `version_A` run over
+    the tokens of all chunks in order.
+    """
+
+    id: str
+    group: str
+    task: str
+    family: str
+    level: int
+    tokens_T: Array
+    chunks: tuple[Chunk, ...]
+    logp_A: Array
+    logp_sampled_A: Array
+    version_A: Array
+    results: tuple[ToolResult, ...] = ()
+    answer: str | None = None
+    reward: float | None = None
+    status: Status = "scored"
+    cause: str | None = None
+    started_version: int = 0
+    duration_s: float = 0.0
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy that any token of the sample came from."""
+        return int(self.version_A.numpy().min()) if len(self.version_A) else self.started_version
+
+    @property
+    def action_tokens(self) -> int:
+        return len(self.logp_A)
+
+
+class Group(Message, frozen=True):
+    """The rollouts of one task from one start state: `Group(id="g3", task="copy-7", trajectories=(...))`."""
+
+    id: str
+    task: str
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def oldest_version(self) -> int:
+        return min(t.oldest_version for t in self.trajectories)
+
+
+class Rollout(Request[Trajectory], frozen=True):
+    """`Rollout(id="g3/1", group="g3", task=Task(...), sampling=Sampling(seed=31))`: run one episode to its score."""
+
+    id: str
+    group: str
+    task: Task
+    sampling: Sampling
+
+
+class Score(Message, frozen=True):
+    """`Score(reward=1.0, output="")`: what the tests gave, with what they printed."""
+
+    reward: float
+    output: str = ""
+
+
+class Grade(Request[Score], frozen=True):
+    """`Grade(task=Task(...), layers=("/tmp/ale/3/upper",))`: run the task's tests on what the agent left behind."""
+
+    task: Task
+    snapshot: str
+
+
+# Training
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """`Sample(trajectory=Trajectory(...), advantage=-0.5)`: a trajectory with what plays R_final in eq. 7."""
+
+    trajectory: Trajectory
+    advantage: float
+
+
+class StepMetrics(Message, frozen=True):
+    """`StepMetrics(version=4, loss=0.02, grad_norm=0.9, values={"masked_high": 0.01})`: one optimizer update."""
+
+    version: int
+    slot: int
+    loss: float
+    grad_norm: float
+    values: dict[str, float]
+
+
+class TrainStep(Request[StepMetrics], frozen=True):
+    """`TrainStep(samples=(Sample(...),))`: one update of the policy on these samples."""
+
+    samples: tuple[Sample, ...]
+
+
+class Demonstration(msgspec.Struct, frozen=True):
+    """`Demonstration(tokens_T=[...], chunks=(Chunk(31, 44, "call"),))`: tokens to imitate."""
+
+    tokens_T: Array
+    chunks: tuple[Chunk, ...]
+
+
+class Imitate(Request[StepMetrics], frozen=True):
+    """`Imitate(demonstrations=(...), learning_rate=2e-3)`: one supervised update (eq. 1)."""
+
+    demonstrations: tuple[Demonstration, ...]
+    learning_rate: float
+
+
+class SaveCheckpoint(Request[None], frozen=True):
+    """`SaveCheckpoint(path="runs/a/checkpoints/4")`: a Hugging Face directory with model and tokenizer."""
+
+    path: str

@@ -1,0 +1,249 @@
+"""The embedded engine: continuous batching over a transformers causal LM, with a KV cache kept across turns.
+
+`add` a request, then call `step` until its `Turn` comes back. One step computes the tokens that are not yet in the
+cache (a new prompt, an observation) and then one new token for every running sequence. Sequences join and leave
+between steps.
+
+A change of weights takes effect between two tokens: the next one is computed under the new weights from a cache that
+is recomputed under them, so that each token's log-probability belongs to exactly one policy version.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ale.errors import PolicyError
+from ale.messages import Finish, Generate, Turn
+from ale.models.load import hidden_states
+from ale.policy.kv_cache import KVRows, RowsCache
+from ale.policy.sampler import sample, uniform
+from ale.wire import Array
+
+_PREFILL_TOKENS = 4096  # padded tokens in one prefill: bounds memory and how long running sequences wait
+
+
+@dataclass(slots=True)
+class _Sequence:
+    number: int
+    request: Generate
+    tokens: list[int]
+    prompt: int
+    cached: int = 0
+    logp: list[float] = field(default_factory=list)
+    logp_sampled: list[float] = field(default_factory=list)
+    version: list[int] = field(default_factory=list)
+
+    @property
+    def finish(self) -> Finish | None:
+        if len(self.tokens) == self.prompt:
+            return None
+        if self.tokens[-1] in self.request.sampling.stop:
+            return "stop"
+        return "length" if len(self.tokens) - self.prompt >= self.request.sampling.max_tokens else None
+
+    def turn(self, finish: Finish) -> Turn:
+        return Turn(
+            tokens_A=Array.of(self.tokens[self.prompt :], "int32"),
+            logp_A=Array.of(self.logp, "float32"),
+            logp_sampled_A=Array.of(self.logp_sampled, "float32"),
+            version_A=Array.of(self.version, "int32"),
+            finish=finish,
+        )
+
+
+@dataclass(slots=True)
+class _Parked:
+    tokens: list[int]  # those whose keys and values are in `cache`
+    cache: Tensor
+    version: int
+
+
+class EngineStatistics(msgspec.Struct, frozen=True):
+    version: int
+    running: int
+    waiting: int
+    parked: int
+    generated_tokens: int
+    prefilled_tokens: int
+    reused_tokens: int
+    recomputed_tokens: int
+
+
+class Engine:
+    """Not thread-safe, never blocks on anything but arithmetic. `rows` bounds how many sequences run at once."""
+
+    def __init__(self, model: PreTrainedModel, *, rows: int = 64, parked: int = 1024) -> None:
+        self.model = model.eval()
+        self.version = 0
+        self._cache = KVRows(model.config, rows, model.dtype)
+        self._rows = rows
+        self._running: list[_Sequence] = []  # the index is the row
+        self._waiting: deque[_Sequence] = deque()
+        self._parked: OrderedDict[str, _Parked] = OrderedDict()
+        self._parked_limit = parked
+        self._generated = self._prefilled = self._reused = self._recomputed = 0
+
+    def add(self, number: int, request: Generate) -> None:
+        """Queues a request; `number` comes back with its turn. Raises `PolicyError` for a prompt it cannot run."""
+        tokens = request.prompt_T.numpy().tolist()
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if not tokens:
+            raise PolicyError("Generate.prompt_T is empty: a prompt needs at least one token")
+        if limit and len(tokens) + request.sampling.max_tokens > limit:
+            raise PolicyError(
+                f"{len(tokens)} prompt tokens and up to {request.sampling.max_tokens} new ones exceed the model's "
+                f"{limit} positions"
+            )
+        if min(tokens) < 0 or max(tokens) >= self.model.config.vocab_size:
+            raise PolicyError(f"Generate.prompt_T holds ids outside 0..{self.model.config.vocab_size - 1}")
+        if request.sampling.max_tokens < 1:
+            raise PolicyError("Sampling.max_tokens must be at least 1")
+        self._waiting.append(_Sequence(number, request, tokens, len(tokens)))
+
+    def end_session(self, session: str) -> list[int]:
+        """Forgets a session. Returns the numbers of its requests that will not be answered."""
+        self._parked.pop(session, None)
+        dropped = [s.number for s in (*self._running, *self._waiting) if s.request.session == session]
+        self._waiting = deque(s for s in self._waiting if s.request.session != session)
+        for row in reversed(range(len(self._running))):
+            if self._running[row].request.session == session:
+                self._leave(row, park=False)
+        return dropped
+
+    def set_version(self, version: int) -> None:
+        """Call after the model's weights have changed: what the cache holds belongs to the old ones."""
+        self.version = version
+        self._parked.clear()
+        for sequence in self._running:
+            self._recomputed += sequence.cached
+            sequence.cached = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            self.version,
+            len(self._running),
+            len(self._waiting),
+            len(self._parked),
+            self._generated,
+            self._prefilled,
+            self._reused,
+            self._recomputed,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Turn]]:
+        """Advances every running sequence by one token; returns the turns that this finished."""
+        while self._waiting and len(self._running) < self._rows:
+            self._join(self._waiting.popleft())
+        fresh = [row for row, s in enumerate(self._running) if len(s.tokens) - s.cached > 1]
+        for rows in self._prefill_batches(fresh):
+            self._forward(rows)
+        ready = [row for row, s in enumerate(self._running) if row not in set(fresh)]
+        if ready:
+            self._forward(ready)
+        done = []
+        for row in reversed(range(len(self._running))):
+            sequence = self._running[row]
+            finish = sequence.finish
+            if finish is not None:
+                done.append((sequence.number, sequence.turn(finish)))
+                self._leave(row, park=True)
+        return done
+
+    def _join(self, sequence: _Sequence) -> None:
+        row = len(self._running)
+        self._running.append(sequence)
+        parked = self._parked.pop(sequence.request.session, None)
+        if parked is None:
+            return
+        # At least one token is computed anew: its logits are what the next token is drawn from.
+        shared = _common_prefix(parked.tokens, sequence.tokens[:-1])
+        if shared:
+            self._cache.reserve(shared)
+            self._cache.unpark(row, parked.cache, shared)
+            sequence.cached = shared
+            self._reused += shared
+
+    def _leave(self, row: int, *, park: bool) -> None:
+        sequence = self._running[row]
+        if park and sequence.cached:
+            parked = _Parked(
+                sequence.tokens[: sequence.cached], self._cache.park(row, sequence.cached), self.version
+            )
+            self._parked[sequence.request.session] = parked
+            if len(self._parked) > self._parked_limit:
+                self._parked.popitem(last=False)
+        last = len(self._running) - 1
+        if row != last:
+            self._cache.move(last, row, self._running[last].cached)
+            self._running[row] = self._running[last]
+        self._running.pop()
+
+    def _prefill_batches(self, rows: list[int]) -> list[list[int]]:
+        """Rows of similar length together, each batch within the token budget."""
+        batches: list[list[int]] = []
+        for row in sorted(rows, key=lambda r: len(self._running[r].tokens) - self._running[r].cached):
+            width = len(self._running[row].tokens) - self._running[row].cached
+            if batches and (len(batches[-1]) + 1) * width <= _PREFILL_TOKENS:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        return [sorted(batch) for batch in batches]
+
+    def _forward(self, rows: list[int]) -> None:
+        """Computes the uncached tokens of these rows and samples the next token of each."""
+        sequences = [self._running[row] for row in rows]
+        start_B = [s.cached for s in sequences]
+        count_B = [len(s.tokens) - s.cached for s in sequences]
+        width = max(count_B)
+        cache = RowsCache(self._cache, rows, start_B, count_B)
+        if width == 1:
+            ids_BQ = torch.tensor([[s.tokens[-1]] for s in sequences])
+            position_BQ = torch.tensor(start_B)[:, None]
+        else:
+            ids_BQ = torch.tensor([s.tokens[s.cached :] + [0] * (width - n) for s, n in zip(sequences, count_B, strict=True)])
+            position_BQ = torch.tensor(start_B)[:, None] + torch.arange(width)
+        end = max(s + n for s, n in zip(start_B, count_B, strict=True))
+        mask_B1QT = (torch.arange(end) <= position_BQ[:, :, None])[:, None]
+        output = hidden_states(
+            self.model,
+            input_ids=ids_BQ,
+            position_ids=position_BQ,
+            attention_mask=mask_B1QT,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        last_BD = output.last_hidden_state[torch.arange(len(rows)), torch.tensor(count_B) - 1]
+        logits_BV = self.model.get_output_embeddings()(last_BD)
+        settings = [s.request.sampling for s in sequences]
+        uniform_B = np.array([uniform(s.request.sampling.seed, len(s.tokens)) for s in sequences])
+        token_B, logp_B, logp_sampled_B = sample(logits_BV, settings, uniform_B)
+        for sequence, token, logp, logp_sampled, count in zip(
+            sequences, token_B.tolist(), logp_B.tolist(), logp_sampled_B.tolist(), count_B, strict=True
+        ):
+            sequence.cached += count
+            sequence.tokens.append(token)
+            sequence.logp.append(logp)
+            sequence.logp_sampled.append(logp_sampled)
+            sequence.version.append(self.version)
+            if count > 1:
+                self._prefilled += count
+        self._generated += len(rows)
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

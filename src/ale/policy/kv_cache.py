@@ -1,0 +1,112 @@
+"""The KV cache of the embedded engine: one row for each running sequence, rows packed at the front.
+
+Axes: L layers, R rows, H key-value heads, T positions, D head width. A sequence that waits for its environment is
+parked: its keys and values are copied out and its row is given to another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+_GROW = 128  # positions are added in blocks, so that a growing sequence rarely copies the cache
+
+
+class KVRows:
+    """Keys and values [L][R, H, T, D] of up to `rows` running sequences."""
+
+    def __init__(self, config: PretrainedConfig, rows: int, dtype: torch.dtype) -> None:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.layers = int(config.num_hidden_layers)
+        self._shape = (rows, heads, 0, width)
+        self.keys = [torch.empty(self._shape, dtype=dtype) for _ in range(self.layers)]
+        self.values = [torch.empty(self._shape, dtype=dtype) for _ in range(self.layers)]
+        self.length = 0
+
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` positions in every row."""
+        if length <= self.length:
+            return
+        new = -(-length // _GROW) * _GROW
+        rows, heads, _, width = self._shape
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                # Zeros: what is masked out must still be finite, since 0 * NaN is NaN.
+                grown = old.new_zeros(rows, heads, new, width)
+                grown[:, :, : self.length] = old
+                store[layer] = grown
+        self.length = new
+
+    def park(self, row: int, length: int) -> Tensor:
+        """A copy of a row's first `length` positions: [L, 2, H, length, D]."""
+        return torch.stack(
+            [torch.stack((k[row, :, :length], v[row, :, :length])) for k, v in zip(self.keys, self.values, strict=True)]
+        )
+
+    def unpark(self, row: int, parked: Tensor, length: int) -> None:
+        for layer in range(self.layers):
+            self.keys[layer][row, :, :length] = parked[layer, 0, :, :length]
+            self.values[layer][row, :, :length] = parked[layer, 1, :, :length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for store in (self.keys, self.values):
+            for layer in store:
+                layer[target, :, :length] = layer[source, :, :length]
+
+
+class RowsCache(Cache):
+    """Lets a transformers model read and write some rows of `KVRows` in one forward.
+
+    `start_B` is the first position each row writes; `count_B` how many of the Q queries of a row are real (the rest is
+    padding and is not written). Attention sees positions up to the longest row; the mask hides the rest.
+    """
+
+    def __init__(self, store: KVRows, rows: list[int], start_B: list[int], count_B: list[int]) -> None:
+        end = max(start + count for start, count in zip(start_B, count_B, strict=True))
+        store.reserve(end)
+        super().__init__(layers=[_Layer(store, i, rows, start_B, count_B, end) for i in range(store.layers)])
+
+
+class _Layer(CacheLayerMixin):
+    is_compileable = False
+
+    def __init__(
+        self, store: KVRows, layer: int, rows: list[int], start_B: list[int], count_B: list[int], end: int
+    ) -> None:
+        super().__init__()
+        self._store, self._layer, self._end = store, layer, end
+        self._rows, self._start_B, self._count_B = rows, start_B, count_B
+        self._front = rows == list(range(len(rows)))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self._store.keys[self._layer], self._store.values[self._layer]
+        if key_states.shape[2] == 1:
+            at = (torch.tensor(self._rows), slice(None), torch.tensor(self._start_B))
+            keys[at] = key_states[:, :, 0]
+            values[at] = value_states[:, :, 0]
+        else:
+            for i, (row, start, count) in enumerate(zip(self._rows, self._start_B, self._count_B, strict=True)):
+                keys[row, :, start : start + count] = key_states[i, :, :count]
+                values[row, :, start : start + count] = value_states[i, :, :count]
+        if self._front:  # a view: decoding copies nothing
+            n = len(self._rows)
+            return keys[:n, :, : self._end], values[:n, :, : self._end]
+        return keys[self._rows, :, : self._end], values[self._rows, :, : self._end]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._end, 0
+
+    def get_seq_length(self) -> int:
+        return max(self._start_B)
+
+    def get_max_length(self) -> int:
+        return -1

@@ -1,0 +1,201 @@
+"""A worker process: requests in, answers out, over one socket, and no way to outlive its parent.
+
+The parent side is `WorkerProcess`: `await worker.ask(request, deadline_s=...)`. The child side is `serve`, which a
+module that runs as `python -m MODULE FD` calls. Frames are a length, a request number and a msgpack struct; tensors do
+not travel here but through shared memory whose file descriptor the child inherits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Union
+
+import msgspec
+
+from ale.errors import AleError, DeadlineExceeded, WorkerDied
+from ale.wire import Message, Reply, Request, encode, reply_type
+
+_HEADER = struct.Struct("<IQB")  # body length, request number, kind
+_REQUEST, _ANSWER, _FAILURE = 0, 1, 2
+_PR_SET_PDEATHSIG = 1
+_STDERR_LINES = 40
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """`Failure(kind="ValueError", text="...")`: what a worker answers when the work raised."""
+
+    kind: str
+    text: str
+
+
+class WorkerProcess:
+    """Owns a child process. Use `async with WorkerProcess(...)`; leaving it ends the child."""
+
+    def __init__(
+        self, module: str, *, error: type[AleError], pass_fds: Sequence[int] = (), env: dict[str, str] | None = None
+    ) -> None:
+        self._module = module
+        self._error = error
+        self._pass_fds = tuple(pass_fds)
+        self._env = env or {}
+        self._pending: dict[int, tuple[asyncio.Future[Any], Any]] = {}
+        self._number = 0
+        self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
+
+    async def __aenter__(self) -> WorkerProcess:
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", self._module, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(), *self._pass_fds),
+                env=os.environ | self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        finally:
+            theirs.close()
+        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._answers = asyncio.create_task(self._read_answers(), name=f"answers of {self._module}")
+        self._errors = asyncio.create_task(self._read_stderr(), name=f"stderr of {self._module}")
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Closing the socket tells the child to end; a child that does not is killed."""
+        self._writer.close()
+        loop = asyncio.get_running_loop()
+        try:
+            await asyncio.wait_for(asyncio.shield(loop.run_in_executor(None, self._process.wait)), 5)
+        except (TimeoutError, asyncio.CancelledError):
+            self._process.kill()
+            self._process.wait()
+            raise
+        finally:
+            self._answers.cancel()
+            self._errors.cancel()
+            await asyncio.gather(self._answers, self._errors, return_exceptions=True)
+            if self._process.stderr is not None:
+                self._process.stderr.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def ask(self, request: Request[Reply], *, deadline_s: float) -> Reply:
+        """Sends `request` and waits for its answer.
+
+        Raises the worker's error class when the work failed, `WorkerDied` when the process ended and
+        `DeadlineExceeded` when it did not answer in time.
+        """
+        if self._answers.done():
+            raise self._death()
+        self._number += 1
+        number = self._number
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._pending[number] = (future, reply_type(type(request)))
+        try:
+            body = encode(request)
+            self._writer.write(_HEADER.pack(len(body), number, _REQUEST) + body)
+            async with asyncio.timeout(deadline_s) as scope:
+                answer: Reply = await future
+            return answer
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise DeadlineExceeded(f"{type(request).__name__} to {self._module}", deadline_s) from error
+        finally:
+            self._pending.pop(number, None)
+
+    async def _read_answers(self) -> None:
+        try:
+            while True:
+                length, number, kind = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
+                body = await self._reader.readexactly(length)
+                future, type_ = self._pending.get(number, (None, None))
+                if future is None or future.done():
+                    continue  # whoever asked has gone
+                if kind == _FAILURE:
+                    failure = msgspec.msgpack.decode(body, type=Failure)
+                    future.set_exception(self._error(f"{failure.kind}: {failure.text}"))
+                else:
+                    future.set_result(msgspec.msgpack.decode(body, type=type_))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            for future, _ in self._pending.values():
+                if not future.done():
+                    future.set_exception(self._death())
+
+    async def _read_stderr(self) -> None:
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), self._process.stderr
+        )
+        try:
+            while line := await stream.readline():
+                self._stderr.append(line.decode(errors="replace").rstrip())
+        finally:
+            transport.close()
+
+    def _death(self) -> WorkerDied:
+        said = "\n".join(self._stderr) or "it printed nothing"
+        return WorkerDied(f"the worker {self._module} ended (exit code {self._process.poll()}); its last words:\n{said}")
+
+
+class Requests:
+    """The child's side of the socket: takes requests, sends answers. Blocking; one thread."""
+
+    def __init__(self, fd: int, kinds: Sequence[type[Message]]) -> None:
+        _die_with_parent()
+        self._socket = socket.socket(fileno=fd)
+        self._decoder = msgspec.msgpack.Decoder(Union[tuple(kinds)])  # noqa: UP007  a union of a run-time list
+        self._buffer = bytearray()
+
+    def take(self, *, block: bool) -> list[tuple[int, Any]]:
+        """The requests that have arrived: waits for one if `block`. Raises `EOFError` when the parent has gone."""
+        found = self._parse()
+        while True:
+            try:
+                data = self._socket.recv(1 << 20, 0 if block and not found else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return found
+            if not data:
+                raise EOFError
+            self._buffer += data
+            found += self._parse()
+
+    def answer(self, number: int, reply: msgspec.Struct | None) -> None:
+        self._send(number, _ANSWER, msgspec.msgpack.encode(reply))
+
+    def fail(self, number: int, error: Exception) -> None:
+        self._send(number, _FAILURE, encode(Failure(type(error).__name__, str(error))))
+
+    def _send(self, number: int, kind: int, body: bytes) -> None:
+        self._socket.sendall(_HEADER.pack(len(body), number, kind) + body)
+
+    def _parse(self) -> list[tuple[int, Any]]:
+        found = []
+        while len(self._buffer) >= _HEADER.size:
+            length, number, _ = _HEADER.unpack_from(self._buffer)
+            end = _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            found.append((number, self._decoder.decode(memoryview(self._buffer)[_HEADER.size : end])))
+            del self._buffer[:end]
+        return found
+
+
+def _die_with_parent() -> None:
+    """SIGKILL of the parent must not leave a worker in the middle of a long step."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
