@@ -189,13 +189,17 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class StepMetrics(Message, frozen=True):
-    """`StepMetrics(version=4, loss=0.02, grad_norm=0.9, values={"masked_high": 0.01})`: one optimizer update."""
+    """`StepMetrics(version=4, slot=1, loss=0.02, grad_norm=0.9, values={"masked_high": 0.01})`: one update.
+
+    `grad_norm` is the norm before clipping; `dropped` names trajectories that were not trained on, with the reason.
+    """
 
     version: int
     slot: int
     loss: float
     grad_norm: float
     values: dict[str, float]
+    dropped: dict[str, str] = {}
 
 
 class TrainStep(Request[StepMetrics], frozen=True):
