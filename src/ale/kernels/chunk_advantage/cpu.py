@@ -51,7 +51,7 @@ def forward(tokens: Tokens, reward_C: Floats, normalizer: float | None) -> Parts
         np.where(positive_U, dtype(above), dtype(below))
         for above, below in zip(rule.clip_positive, rule.clip_negative, strict=True)
     )
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore"):  # inf and 0 are what the bounds are for
         ratio_U = np.exp(log_ratio_U)
     factor_U = np.clip(ratio_U, low_U, high_U)
     if rule.beyond == "drop":
@@ -74,20 +74,20 @@ def forward(tokens: Tokens, reward_C: Floats, normalizer: float | None) -> Parts
     else:
         gradient_U = weight_U * scale
     loss = np.asarray(-scale * loss_N.sum(), dtype=dtype)
-    tokens_U = _tokens_of_units(tokens)
+    tokens_U = tokens_of_units(tokens)
     arrays = (gradient_U.astype(dtype), return_C, weight_U, log_ratio_U, log_mismatch_U, mask_U, tokens_U, positive_U)
     return Parts(torch.from_numpy(loss), *map(torch.from_numpy, arrays))
 
 
-def expand(gradient_U: Tensor, ragged: Ragged) -> Tensor:
-    return torch.from_numpy(np.repeat(gradient_U.numpy(), ragged.lengths_C))
+def expand(ragged: Ragged, gradient_C: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.repeat(gradient_C.numpy(), ragged.lengths_C)).to(dtype)
 
 
 def mask(tokens: Tokens) -> tuple[Floats, Flags, Integers]:
     """Mean log(pi_old / mu), whether it lies within the bounds, and the tokens let through, per unit."""
     wide = next(x for x in (tokens.logp_T, tokens.old_T) if x is not None).dtype == torch.float64
     dtype: type[Any] = np.float64 if wide else np.float32
-    tokens_U = _tokens_of_units(tokens)
+    tokens_U = tokens_of_units(tokens)
     if tokens.mu_T is None or tokens.old_T is None:
         log_mismatch_U = np.zeros(len(tokens_U), dtype)
     else:
@@ -107,7 +107,7 @@ def _mean_log(tokens: Tokens, numerator_T: Tensor, denominator_T: Tensor | None,
         with np.errstate(invalid="ignore"):
             difference_T = difference_T - _widen(denominator_T)
     if level == "token":
-        return np.where(_tokens_of_units(tokens) > 0, difference_T, 0)
+        return np.where(tokens_of_units(tokens) > 0, difference_T, 0)
     with np.errstate(invalid="ignore"):
         value_C = _segment_sums(difference_T, ragged.chunk_offsets).astype(np.float64)
         if ragged.carry_C is not None:
@@ -134,7 +134,7 @@ def _returns(reward_C: Floats, ragged: Ragged, gamma: float) -> Floats:
     return return_C
 
 
-def _tokens_of_units(tokens: Tokens) -> Integers:
+def tokens_of_units(tokens: Tokens) -> Integers:
     ragged = tokens.ragged
     if not tokens.rule.per_token:
         return ragged.tokens_C

@@ -6,6 +6,9 @@ Axes: T action tokens, C chunks, N trajectories, U units (chunks, or tokens wher
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,9 @@ from .tiles import Floats, Integers, Ragged
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _IPA = Weighting()
+
+# The gradient of each chunk, spread over its tokens, in a dtype.
+Expand = Callable[[Tensor, torch.dtype], Tensor]
 
 
 def chunk_advantage(
@@ -68,10 +74,16 @@ def chunk_advantage(
 
     tokens = Tokens(logp_T.detach(), logp_old_T, logp_mu_T, ragged, rule)
     reward_C = _rewards(ragged, advantages, intrinsic, outcome_chunk_N)
-    parts = cpu.forward(tokens, reward_C, normalizer)
-    loss = _Surrogate.apply(  # type: ignore[no-untyped-call]
-        logp_T, parts.loss, parts.gradient_U, ragged, rule.per_token, cpu.expand
-    )
+    expand: Expand
+    if _on_kernel(logp_T):
+        from . import cuda  # here, because the CPU path needs no triton
+
+        parts, expand = cuda.forward(tokens, reward_C, normalizer)
+    else:
+        parts, expand = cpu.forward(tokens, reward_C, normalizer), partial(cpu.expand, ragged)
+    if rule.per_token:
+        expand = Tensor.to
+    loss = _Surrogate.apply(logp_T, parts.loss, parts.gradient_U, expand)  # type: ignore[no-untyped-call]
     return ChunkAdvantage(loss, rule, *parts[2:])
 
 
@@ -89,7 +101,14 @@ def chunk_counts(
     rule = weighting or _IPA
     ragged = _check(logp_old_T, None, logp_mu_T, chunk_offsets, trajectory_offsets, carry_C)
     tokens = Tokens(None, logp_old_T, logp_mu_T, ragged, rule)
-    _, _, kept_U = cpu.mask(tokens)
+    if _on_kernel(logp_old_T):
+        from . import cuda
+
+        # The ratio is not needed: pi_old stands in for pi, and its second read comes from the cache.
+        parts, _ = cuda.forward(tokens._replace(logp_T=logp_old_T), np.zeros(ragged.C), 0.0)
+        kept_U = torch.where(parts.mask_U, parts.tokens_U, 0).cpu().numpy()
+    else:
+        _, _, kept_U = cpu.mask(tokens)
     return cpu.counts(kept_U, ragged.unit_offsets(rule.per_token))
 
 
@@ -97,20 +116,21 @@ class _Surrogate(torch.autograd.Function):
     """The gradient written down: each token gets that of its unit, - weight / Z."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logp_T: Tensor, loss: Tensor, gradient_U: Tensor, ragged: Ragged, per_token: bool, expand: Any
-    ) -> Tensor:
+    def forward(ctx: Any, logp_T: Tensor, loss: Tensor, gradient_U: Tensor, expand: Expand) -> Tensor:
         ctx.save_for_backward(gradient_U)
-        ctx.ragged, ctx.per_token, ctx.expand, ctx.dtype = ragged, per_token, expand, logp_T.dtype
+        ctx.expand, ctx.dtype = expand, logp_T.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_U,) = ctx.saved_tensors
-        gradient_U = gradient_U * upstream
-        gradient_T = gradient_U if ctx.per_token else ctx.expand(gradient_U, ctx.ragged)
-        return gradient_T.to(ctx.dtype), None, None, None, None, None
+        return ctx.expand(gradient_U * upstream, ctx.dtype), None, None, None
+
+
+def _on_kernel(tensor: Tensor) -> bool:
+    # Triton's interpreter runs the kernels on CPU tensors; tests do.
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _check(
@@ -123,8 +143,8 @@ def _check(
 ) -> Ragged:
     if logp_T.dtype not in _DTYPES or logp_T.ndim != 1:
         raise ValueError(f"log-probabilities: expected [T] of {_DTYPES}, got {list(logp_T.shape)} of {logp_T.dtype}")
-    if logp_T.device.type not in ("cpu",):
-        raise ValueError(f"log-probabilities: expected a CPU tensor, got one on {logp_T.device}")
+    if logp_T.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"log-probabilities: expected a CPU or CUDA tensor, got one on {logp_T.device}")
     for name, given in (("logp_old_T", old_T), ("logp_mu_T", mu_T)):
         if given is None:
             continue
@@ -149,6 +169,8 @@ def _check_offsets(name: str, offsets: Tensor, total: int, of: str) -> Integers:
         raise ValueError(
             f"{name}: expected int64 with at least one element, got {list(offsets.shape)} of {offsets.dtype}"
         )
+    if total >= 2**31:
+        raise ValueError(f"{name}: expected fewer than 2^31 {of} in a call, got {total}")
     values: Integers = offsets.cpu().numpy()
     if values[0] != 0 or values[-1] != total:
         raise ValueError(f"{name}: expected to run from 0 to the {total} {of}, got {values[0]} to {values[-1]}")

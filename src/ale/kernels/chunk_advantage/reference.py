@@ -235,13 +235,13 @@ def chunk_advantage_reference(
     dtype = torch.float64 if logp_T.dtype == torch.float64 else torch.float32
     logp = logp_T.to(dtype)
     old = torch.zeros_like(logp) if logp_old_T is None else logp_old_T.to(dtype)
-    mu = old if logp_mu_T is None else logp_mu_T.to(dtype)
+    mu = None if logp_old_T is None or logp_mu_T is None else logp_mu_T.to(dtype)
     chunk, trajectory = chunk_offsets.tolist(), trajectory_offsets.tolist()
     C, N = len(chunk) - 1, len(trajectory) - 1
     carry = [True] * C if carry_C is None else carry_C.tolist()
 
-    def mean_log(numerator: Tensor, denominator: Tensor, tokens: list[int], mean: bool = True) -> Tensor:
-        if not tokens:
+    def mean_log(numerator: Tensor, denominator: Tensor | None, tokens: list[int], mean: bool = True) -> Tensor:
+        if not tokens or denominator is None:
             return logp.new_zeros(())
         difference = (numerator[tokens] - denominator[tokens]).detach()
         return difference.mean() if mean else difference.sum()
