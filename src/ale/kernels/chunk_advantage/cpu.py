@@ -37,6 +37,8 @@ class Parts(NamedTuple):
     positive_U: Tensor
 
 
+# Overflow to inf, underflow to 0 and NaN are values here, dealt with by bounds and mask.
+@np.errstate(all="ignore")
 def forward(tokens: Tokens, reward_C: Floats, normalizer: float | None) -> Parts:
     logp_T, rule, ragged = tokens.logp_T, tokens.rule, tokens.ragged
     assert logp_T is not None
@@ -51,8 +53,7 @@ def forward(tokens: Tokens, reward_C: Floats, normalizer: float | None) -> Parts
         np.where(positive_U, dtype(above), dtype(below))
         for above, below in zip(rule.clip_positive, rule.clip_negative, strict=True)
     )
-    with np.errstate(over="ignore", under="ignore"):  # inf and 0 are what the bounds are for
-        ratio_U = np.exp(log_ratio_U)
+    ratio_U = np.exp(log_ratio_U)
     factor_U = np.clip(ratio_U, low_U, high_U)
     if rule.beyond == "drop":
         factor_U = np.where(ratio_U == factor_U, factor_U, 0)
@@ -61,8 +62,7 @@ def forward(tokens: Tokens, reward_C: Floats, normalizer: float | None) -> Parts
 
     # A weight of 0 takes its tokens out whatever they hold: 0 * -inf is not 0.
     logp_U = _widen(logp_T) if rule.per_token else _segment_sums(_widen(logp_T), ragged.chunk_offsets)
-    with np.errstate(invalid="ignore"):
-        term_U = np.where(weight_U != 0, -weight_U * logp_U.astype(np.float64), 0)
+    term_U = np.where(weight_U != 0, -weight_U * logp_U.astype(np.float64), 0)
     unit_offsets = ragged.unit_offsets(rule.per_token)
     loss_N = _segment_sums(term_U, unit_offsets)
     z = normalizer_of(rule, counts(kept_U, unit_offsets)) if normalizer is None else normalizer
@@ -83,6 +83,7 @@ def expand(ragged: Ragged, gradient_C: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.repeat(gradient_C.numpy(), ragged.lengths_C)).to(dtype)
 
 
+@np.errstate(all="ignore")
 def mask(tokens: Tokens) -> tuple[Floats, Flags, Integers]:
     """Mean log(pi_old / mu), whether it lies within the bounds, and the tokens let through, per unit."""
     wide = next(x for x in (tokens.logp_T, tokens.old_T) if x is not None).dtype == torch.float64
@@ -104,21 +105,19 @@ def _mean_log(tokens: Tokens, numerator_T: Tensor, denominator_T: Tensor | None,
     ragged, per_token = tokens.ragged, tokens.rule.per_token
     difference_T = _widen(numerator_T)
     if denominator_T is not None:
-        with np.errstate(invalid="ignore"):
-            difference_T = difference_T - _widen(denominator_T)
+        difference_T = difference_T - _widen(denominator_T)
     if level == "token":
         return np.where(tokens_of_units(tokens) > 0, difference_T, 0)
-    with np.errstate(invalid="ignore"):
-        value_C = _segment_sums(difference_T, ragged.chunk_offsets).astype(np.float64)
-        if ragged.carry_C is not None:
-            value_C = np.where(ragged.carry_C, value_C, 0)
-        if level == "sequence":
-            value_N = _segment_sums(value_C, ragged.trajectory_offsets)
-            if mean:
-                value_N /= np.maximum(_segment_sums(ragged.tokens_C, ragged.trajectory_offsets), 1)
-            value_C = np.where(ragged.tokens_C > 0, np.repeat(value_N, ragged.chunks_N), 0)
-        elif mean:
-            value_C /= np.maximum(ragged.tokens_C, 1)
+    value_C = _segment_sums(difference_T, ragged.chunk_offsets).astype(np.float64)
+    if ragged.carry_C is not None:
+        value_C = np.where(ragged.carry_C, value_C, 0)
+    if level == "sequence":
+        value_N = _segment_sums(value_C, ragged.trajectory_offsets)
+        if mean:
+            value_N /= np.maximum(_segment_sums(ragged.tokens_C, ragged.trajectory_offsets), 1)
+        value_C = np.where(ragged.tokens_C > 0, np.repeat(value_N, ragged.chunks_N), 0)
+    elif mean:
+        value_C /= np.maximum(ragged.tokens_C, 1)
     return np.repeat(value_C, ragged.lengths_C) if per_token else value_C
 
 
