@@ -43,8 +43,10 @@ def test_every_test_of_the_op_passes_on_the_kernels_under_the_interpreter() -> N
         check=False,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    # One skip: that the CPU path works without triton.
-    assert re.search(r"\b8\d passed, 1 skipped", run.stdout), run.stdout[-500:]
+    # All but one, that the CPU path works without triton.
+    summary = re.search(r"(\d+) passed, 1 skipped", run.stdout)
+    assert summary is not None, run.stdout[-500:]
+    assert int(summary[1]) > 80
 
 
 def compile_for(arch: int, name: str, constants: dict[str, Any], dtype: str = "fp32", warps: int = 4) -> Any:

@@ -147,9 +147,13 @@ def test_the_ratio_of_topr_is_the_product_over_the_trajectory() -> None:
 def test_dropping_beyond_the_bounds_is_the_gradient_of_ppo() -> None:
     arguments = worked_by_hand(torch.float64)
     rule = Weighting(
-        gamma=1.0, ratio_level="token", clip_positive=(0.0, 1.2), clip_negative=(0.8, 3.0), beyond="drop",
+        gamma=1.0,
+        ratio_level="token",
+        clip_positive=(0.0, 1.2),
+        clip_negative=(0.8, 3.0),
+        beyond="drop",
         mask_high=math.inf,
-    )  # fmt: skip
+    )
     arguments["logp_old_T"] -= torch.tensor([0.0, 0.7, 0.0, 0.0, 1.2], dtype=torch.float64)
     _, gradient = solve(arguments, weighting=rule)
     logp = arguments["logp_T"].clone().requires_grad_()
@@ -184,9 +188,7 @@ def test_gradcheck_in_float64_where_the_ratio_is_clipped_and_so_constant() -> No
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("normalization", ["token", "sequence", "sequence_token"])
 def test_every_algorithm_matches_the_float64_reference(name: str, normalization: Any) -> None:
-    assert_matches_reference(
-        draw(RAGGED, seed=3), weighting=replace(ALGORITHMS[name], normalization=normalization)
-    )  # fmt: skip
+    assert_matches_reference(draw(RAGGED, seed=3), weighting=replace(ALGORITHMS[name], normalization=normalization))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
@@ -293,8 +295,11 @@ def test_an_empty_chunk_contributes_nothing_and_divides_by_nothing() -> None:
     arguments = worked_by_hand()
     without, gradient = solve(arguments)
     chunk, trajectory = offsets([[2, 0, 1, 0], [2]])
-    result, same = solve({**arguments, "chunk_offsets": chunk, "trajectory_offsets": trajectory},
-                         outcome_chunk_N=torch.tensor([2, 0]), weighting=Weighting(gamma=1.0))  # fmt: skip
+    result, same = solve(
+        {**arguments, "chunk_offsets": chunk, "trajectory_offsets": trajectory},
+        outcome_chunk_N=torch.tensor([2, 0]),
+        weighting=Weighting(gamma=1.0),
+    )
     assert result.weight_U.tolist() == [1.0, 0.0, 1.0, 0.0, -0.5]
     assert result.mask_U.tolist() == [True, False, True, False, True]
     assert result.log_ratio_U.isfinite().all()
@@ -324,9 +329,7 @@ def test_a_ratio_that_overflows_fp32_is_clipped() -> None:
     assert result.log_ratio_U.tolist() == pytest.approx([1000.0] * 3)
     torch.testing.assert_close(result.weight_U, torch.tensor([0.5, 1.0, -1.0]))
     assert gradient.isfinite().all()
-    dropped, gradient = solve(
-        arguments, weighting=Weighting(clip_positive=(0, 1.2), beyond="drop", mask_high=math.inf)
-    )  # fmt: skip
+    dropped, gradient = solve(arguments, weighting=Weighting(clip_positive=(0, 1.2), beyond="drop", mask_high=math.inf))
     assert dropped.weight_U.tolist() == [0.0, 0.0, 0.0]
     assert dropped.statistics().ratio_quantile(0.5) > 1e6
 

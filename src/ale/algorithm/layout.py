@@ -5,7 +5,7 @@ Axes: T action tokens (nothing else is in the arrays of a batch), C chunks, N tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
@@ -115,5 +115,5 @@ def chunk_lengths(action_mask: npt.ArrayLike, boundaries: Sequence[int]) -> tupl
     return tuple(np.diff(before[edges]).tolist())
 
 
-def _offsets(lengths: object) -> npt.NDArray[np.int64]:
-    return np.fromiter(accumulate(lengths, initial=0), dtype=np.int64)  # type: ignore[call-overload]
+def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
+    return np.fromiter(accumulate(lengths, initial=0), dtype=np.int64)
