@@ -10,8 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from ale.errors import ActorError, DeadlineExceeded
-from ale.mailbox import Envelope, Mailbox, Wait, allowed, name_of
+from ale.errors import ActorError, ActorStopped, DeadlineExceeded
+from ale.mailbox import Ask, Envelope, Mailbox, Wait, allowed, name_of
 
 
 class Hand(Protocol):
@@ -49,7 +49,10 @@ class ActorStatistics(msgspec.Struct, frozen=True):
 
 class Inbox(Mailbox):
     def __init__(self, name: str, capacity: int) -> None:
-        super().__init__(f"actor {name!r}", capacity)
+        self.owner = f"actor {name!r}"
+        super().__init__(f"the inbox of {self.owner}", capacity)
+        self.cause: BaseException | None = None
+        """What the actor crashed with, once that has ended it."""
         self.state = "starting"
         self.told = 0
         self.asked = 0
@@ -63,39 +66,41 @@ class Inbox(Mailbox):
 
     def drop(self, envelope: Envelope, reason: str, error: ActorError) -> None:
         """Accounts for a message that nobody will handle; if it was asked, the asker gets `error`."""
-        reply = envelope.reply
-        if reply is not None and reply.done():
-            self.abandoned += 1
-            return
+        if isinstance(envelope, Ask):
+            if envelope.reply.done():
+                self.abandoned += 1
+                return
+            envelope.reply.set_exception(error)
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        if reply is not None:
-            reply.set_exception(error)
 
     def end(self, reason: str, cause: BaseException | None) -> None:
         """Closes for good: every message left is dropped, every ask left gets `ActorStopped`."""
-        self.close(cause)
+        self.cause = cause
+        self.close()
         while self.items:
             self.drop(self.items.popleft(), reason, self.refusal())
 
+    def refusal(self) -> ActorStopped:
+        if self.cause is None:
+            return ActorStopped(f"{self.owner} has ended and takes no more messages")
+        error = ActorStopped(f"{self.owner} has ended: {type(self.cause).__name__}: {self.cause}")
+        error.__cause__ = self.cause
+        return error
+
     def waits(self, now: float) -> Iterator[Wait]:
         yield from super().waits(now)
-        for envelope, where in self._asks():
-            yield Wait(
-                name_of(envelope.sender),
-                self._asked_for(envelope, where),
-                now - envelope.since,
-                allowed(envelope.since, envelope.deadline),
-            )
+        for ask, where in self._asks():
+            waited_s, deadline_s = now - ask.since, allowed(ask.since, ask.deadline)
+            yield Wait(name_of(ask.sender), self._what(ask, where), waited_s, deadline_s)
 
     def expire(self, now: float) -> float:
         earliest = super().expire(now)
-        for envelope, where in self._asks():
-            reply = envelope.reply
-            if envelope.deadline <= now and reply is not None:
-                wait = f"{name_of(envelope.sender)} waits for {self._asked_for(envelope, where)}"
-                reply.set_exception(DeadlineExceeded(wait, envelope.deadline - envelope.since))
+        for ask, where in self._asks():
+            if ask.deadline <= now:
+                wait = f"{name_of(ask.sender)} waits for {self._what(ask, where)}"
+                ask.reply.set_exception(DeadlineExceeded(wait, ask.deadline - ask.since))
             else:
-                earliest = min(earliest, envelope.deadline)
+                earliest = min(earliest, ask.deadline)
         return earliest
 
     def statistics(self, now: float) -> ActorStatistics:
@@ -105,7 +110,7 @@ class Inbox(Mailbox):
             capacity=self.capacity,
             high_water=self.high_water,
             in_hand=sum(hand.current is not None for hand in self.hands),
-            held=self.held,
+            held=len(self.held),
             oldest_s=now - self.items[0].since if self.items else 0.0,
             told=self.told,
             asked=self.asked,
@@ -117,18 +122,14 @@ class Inbox(Mailbox):
             restarts=self.restarts,
         )
 
-    def _asks(self) -> Iterator[tuple[Envelope, str]]:
+    def _asks(self) -> Iterator[tuple[Ask, str]]:
         """Every ask that still has a caller, and where it is."""
         for hand in self.hands:
-            if hand.current is not None and _has_caller(hand.current):
+            if isinstance(hand.current, Ask) and not hand.current.reply.done():
                 yield hand.current, "in hand"
         for envelope in self.items:
-            if _has_caller(envelope):
+            if isinstance(envelope, Ask) and not envelope.reply.done():
                 yield envelope, "in its inbox"
 
-    def _asked_for(self, envelope: Envelope, where: str) -> str:
-        return f"the answer of {self.owner} to {type(envelope.message).__name__} ({where})"
-
-
-def _has_caller(envelope: Envelope) -> bool:
-    return envelope.reply is not None and not envelope.reply.done()
+    def _what(self, ask: Ask, where: str) -> str:
+        return f"the answer of {self.owner} to {type(ask.message).__name__} ({where})"

@@ -23,7 +23,7 @@ from ale.actor import Actor
 from ale.bus import Bus
 from ale.errors import ActorError, ActorStopped, RestartBudgetSpent
 from ale.inbox import Inbox
-from ale.mailbox import Envelope
+from ale.mailbox import Ask, Envelope
 from ale.topic import M, Overflow, Publisher, Subscription
 from ale.wire import Message, Request
 
@@ -63,47 +63,48 @@ class Worker:
     async def serve(self) -> None:
         """Returns when the inbox is closed and empty; raises what `receive` raised for a told message."""
         inbox, receive, loop = self._inbox, self._actor.receive, asyncio.get_running_loop()
-        message_to = f"a message to {inbox.owner}"
-        breath = BREATH
+        items, take = inbox.items, inbox.items.popleft
         while not self.dismissed:
-            if not inbox.items:
+            if not items:
                 if inbox.closed:
                     return
-                breath = BREATH
-                await inbox.wait(message_to, loop.time())
-                continue
-            if not breath:
-                breath = BREATH
-                await asyncio.sleep(0)
-                continue
-            breath -= 1
-            envelope = inbox.take()
-            reply = envelope.reply
-            if reply is not None and reply.done():
-                inbox.abandoned += 1
-                continue
-            self.current = envelope
-            try:
-                answer = await receive(envelope.message)
-                if answer is None and reply is not None:
-                    _check_none_is_an_answer(inbox, envelope.message)
-            except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if self.dismissed or (task is not None and task.cancelling()):
-                    raise  # the actor ends: whoever cancelled this task accounts for `current`
-                # Something that `receive` awaited was cancelled under it: an error like any other.
-                self._failed(envelope, error)
-            except Exception as error:
-                self._failed(envelope, error)
+                await inbox.wait(loop.time())
+            for _ in range(BREATH):
+                if not items or self.dismissed:
+                    break
+                self.current = envelope = take()
+                if inbox.held:
+                    inbox.promise()
+                try:
+                    if type(envelope) is not Ask:
+                        await receive(envelope.message)
+                        inbox.handled += 1
+                    elif envelope.reply.done():
+                        inbox.abandoned += 1
+                    else:
+                        answer = await receive(envelope.message)
+                        self._answer(envelope, answer)
+                except asyncio.CancelledError as error:
+                    if self.dismissed or _cancelling():
+                        raise  # the actor ends: whoever cancelled this task accounts for `current`
+                    # Something that `receive` awaited was cancelled under it: an error like any other.
+                    self._failed(envelope, error)
+                except Exception as error:
+                    self._failed(envelope, error)
             else:
                 self.current = None
-                if reply is None:
-                    inbox.handled += 1
-                elif reply.done():
-                    inbox.abandoned += 1
-                else:
-                    inbox.answered += 1
-                    reply.set_result(answer)
+                await asyncio.sleep(0)
+            self.current = None
+
+    def _answer(self, ask: Ask, answer: Any) -> None:
+        inbox, reply = self._inbox, ask.reply
+        if answer is None:
+            _check_none_is_an_answer(inbox, ask.message)
+        if reply.done():
+            inbox.abandoned += 1
+        else:
+            inbox.answered += 1
+            reply.set_result(answer)
 
     def _failed(self, envelope: Envelope, error: BaseException) -> None:
         """If somebody asked, the error is theirs; if nobody asked, it crashes the actor."""
@@ -112,17 +113,16 @@ class Worker:
         if isinstance(error, asyncio.CancelledError):
             cancelled, error = error, ActorError(f"something was cancelled while {doing}")
             error.__cause__ = cancelled
-        reply = envelope.reply
-        if reply is None:
+        if not isinstance(envelope, Ask):
             self._inbox.failed += 1
             error.add_note(f"while {doing}")
             raise error
-        if reply.done():
+        if envelope.reply.done():
             self._inbox.abandoned += 1
             logger.warning("nobody waits any more for the error of %s", doing, exc_info=error)
         else:
             self._inbox.failed += 1
-            reply.set_exception(error)
+            envelope.reply.set_exception(error)
 
 
 class Life:
@@ -360,6 +360,11 @@ class Life:
         self._hands, self._inbox.hands = [], []
         self._workers.clear()
         self._main = None
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _check_none_is_an_answer(inbox: Inbox, request: Message) -> None:

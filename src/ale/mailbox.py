@@ -20,15 +20,22 @@ from ale.errors import ActorStopped, DeadlineExceeded
 from ale.wire import Message
 
 
-class Envelope(msgspec.Struct, eq=False):
-    """A message on its way. Times are of the event loop's clock, in seconds."""
+class Envelope(msgspec.Struct, eq=False, gc=False):
+    """A message on its way, told or published. Times are of the event loop's clock, in seconds.
+
+    The garbage collector need not look at it (`gc=False`): it holds plain data, which forms no cycle.
+    """
 
     message: Message
     since: float
-    reply: asyncio.Future[Any] | None = None
-    """None: the message was told and nobody waits for an answer."""
-    deadline: float = inf
-    sender: asyncio.Task[Any] | None = None
+
+
+class Ask(Envelope, eq=False, gc=True):
+    """A message whose sender waits for `reply`."""
+
+    reply: asyncio.Future[Any]
+    deadline: float
+    sender: asyncio.Task[Any] | None
 
 
 class Wait(msgspec.Struct, frozen=True):
@@ -53,6 +60,11 @@ class Waiter(msgspec.Struct, eq=False):
     def seen(self, now: float) -> Wait:
         return Wait(name_of(self.task), self.what, now - self.since, allowed(self.since, self.deadline))
 
+    @property
+    def woken(self) -> bool:
+        ready = self.ready
+        return ready.done() and not ready.cancelled() and ready.exception() is None
+
     def sentence(self) -> str:
         return f"{name_of(self.task)} waits for {self.what}"
 
@@ -72,132 +84,134 @@ def allowed(since: float, deadline: float) -> float | None:
 class Mailbox:
     """Envelopes in order of arrival, at most `capacity` of them.
 
-    `free` counts the slots that are neither filled nor promised; senders take the fast path while it is above zero:
-    `mailbox.free -= 1; mailbox.put(envelope)`. Else they `await mailbox.reserve(...)` before they put.
+    `room` is how many may lie inside just now: the capacity less the slots promised to senders that waited, 0 once
+    closed. A sender tries `offer`; refused, it awaits `reserve` and then puts.
     """
 
-    def __init__(self, owner: str, capacity: int) -> None:
+    def __init__(self, place: str, capacity: int) -> None:
         if capacity < 1:
-            raise ValueError(f"the mailbox of {owner} needs a capacity of at least 1, not {capacity}")
-        self.owner = owner
+            raise ValueError(f"{place} needs a capacity of at least 1, not {capacity}")
+        self.place = place
         self.capacity = capacity
-        self.free = capacity
+        self.room = capacity
         self.items: deque[Envelope] = deque()
         self.high_water = 0
         self.closed = False
-        self.cause: BaseException | None = None
         self._loop = asyncio.get_running_loop()
-        self._held: deque[Waiter] = deque()
+        self.held: deque[Waiter] = deque()
+        """Senders that wait for a slot."""
         self._readers: deque[Waiter] = deque()
+        self._room_in = f"room in {place}"
+        self._message_in = f"a message in {place}"
 
     # Sending
 
-    async def reserve(self, what: str, since: float, deadline: float) -> None:
+    def offer(self, envelope: Envelope) -> bool:
+        """Puts without waiting; False when there is no room, or somebody waits for it already."""
+        items = self.items
+        depth = len(items)
+        if depth >= self.room:
+            return False
+        items.append(envelope)
+        if depth >= self.high_water:
+            self.high_water = depth + 1
+        if self._readers:
+            _wake_next(self._readers)
+        return True
+
+    async def reserve(self, since: float, deadline: float) -> None:
         """Returns once the caller owns a slot, which it then fills with `put` or gives back with `release`.
 
         Raises `DeadlineExceeded` when the deadline passes first and `ActorStopped` when the mailbox closes.
         """
         self.check_open()
-        if self.free > 0:
-            self.free -= 1
+        if len(self.items) < self.room:
+            self.room -= 1
             return
-        await self._wait_in(self._held, what, since, deadline)
+        waiter = Waiter(self._loop.create_future(), self._room_in, since, deadline, asyncio.current_task())
+        self.held.append(waiter)
+        try:
+            await waiter.ready
+        except BaseException:
+            if waiter.woken:  # and cancelled at once
+                self.release()
+            else:
+                _leave(self.held, waiter)
+            raise
         self.check_open()
 
     def put(self, envelope: Envelope) -> None:
         """Fills a slot that the caller owns."""
-        items = self.items
-        items.append(envelope)
-        if len(items) > self.high_water:
-            self.high_water = len(items)
-        if self._readers:
-            _wake_next(self._readers)
+        self.room += 1
+        self.offer(envelope)
 
     def release(self) -> None:
-        """Gives a slot to the sender that has waited longest, or back to `free`."""
-        if not _wake_next(self._held) and not self.closed:
-            self.free += 1
+        """Gives back a slot that the caller owns: the next sender in line gets it."""
+        if not self.closed:
+            self.room += 1
+            self.promise()
+
+    def promise(self) -> None:
+        """Promises a free slot to the sender that has waited longest."""
+        if _wake_next(self.held):
+            self.room -= 1
 
     # Reading
 
     def take(self) -> Envelope:
         """The oldest envelope; the caller has looked that there is one."""
         envelope = self.items.popleft()
-        if self._held or self.closed:
-            self.release()
-        else:
-            self.free += 1
+        if self.held:
+            self.promise()
         return envelope
 
-    async def wait(self, what: str, since: float, deadline: float = inf) -> None:
+    async def wait(self, since: float, deadline: float = inf) -> None:
         """Returns when there may be something to take, or the mailbox was closed: look again."""
-        await self._wait_in(self._readers, what, since, deadline)
+        waiter = Waiter(self._loop.create_future(), self._message_in, since, deadline, asyncio.current_task())
+        self._readers.append(waiter)
+        try:
+            await waiter.ready
+        except BaseException:
+            if not waiter.woken:
+                _leave(self._readers, waiter)
+            elif self.items:  # cancelled at once: somebody else reads what this task was woken for
+                _wake_next(self._readers)
+            raise
 
     # Ending
 
-    def close(self, cause: BaseException | None = None) -> None:
+    def close(self) -> None:
         """Refuses senders from now on, those that wait included; what is inside can still be taken."""
         if self.closed:
             return
-        self.closed, self.cause, self.free = True, cause, 0
-        for sender in self._held:
-            if not sender.ready.done():
-                sender.ready.set_exception(self.refusal())
-        for reader in self._readers:
-            if not reader.ready.done():
-                reader.ready.set_result(None)
-        self._held.clear()
-        self._readers.clear()
+        self.closed, self.room = True, 0
+        while _wake_next(self.held):
+            pass  # each finds the mailbox closed
+        while _wake_next(self._readers):
+            pass
 
     def check_open(self) -> None:
         if self.closed:
             raise self.refusal()
 
     def refusal(self) -> ActorStopped:
-        if self.cause is None:
-            return ActorStopped(f"{self.owner} has ended and takes no more messages")
-        error = ActorStopped(f"{self.owner} has ended: {type(self.cause).__name__}: {self.cause}")
-        error.__cause__ = self.cause
-        return error
+        return ActorStopped(f"{self.place} is closed")
 
     # Looking from outside
 
     def waits(self, now: float) -> Iterator[Wait]:
-        for waiter in (*self._held, *self._readers):
+        for waiter in (*self.held, *self._readers):
             if not waiter.ready.done():
                 yield waiter.seen(now)
 
     def expire(self, now: float) -> float:
         """Fails every wait whose deadline has passed; returns the earliest deadline that is left."""
         earliest = inf
-        for waiter in (*self._held, *self._readers):
+        for waiter in (*self.held, *self._readers):
             waiter.expire(now)
             if not waiter.ready.done():
                 earliest = min(earliest, waiter.deadline)
         return earliest
-
-    @property
-    def held(self) -> int:
-        """How many senders wait for a slot."""
-        return sum(not waiter.ready.done() for waiter in self._held)
-
-    async def _wait_in(self, queue: deque[Waiter], what: str, since: float, deadline: float) -> None:
-        waiter = Waiter(self._loop.create_future(), what, since, deadline, asyncio.current_task())
-        queue.append(waiter)
-        try:
-            await waiter.ready
-        except BaseException:
-            ready = waiter.ready
-            if ready.done() and not ready.cancelled() and ready.exception() is None:
-                # Woken and cancelled at once: what this task was woken for goes to the next in line.
-                if queue is self._held:
-                    self.release()
-                elif self.items:
-                    _wake_next(self._readers)
-            else:
-                with suppress(ValueError):
-                    queue.remove(waiter)
-            raise
 
 
 def _wake_next(queue: deque[Waiter]) -> bool:
@@ -207,3 +221,8 @@ def _wake_next(queue: deque[Waiter]) -> bool:
             waiter.ready.set_result(None)
             return True
     return False
+
+
+def _leave(queue: deque[Waiter], waiter: Waiter) -> None:
+    with suppress(ValueError):  # `_wake_next` may have passed over it already
+        queue.remove(waiter)

@@ -88,7 +88,7 @@ class Supervisor:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> None:
         if self._failure is None and error is not None and not isinstance(error, asyncio.CancelledError):
             self._failure = error  # the body failed first: what follows from that must not hide it
         cancelled = await self._stop_all() or isinstance(error, asyncio.CancelledError)
@@ -100,12 +100,10 @@ class Supervisor:
         if cancelled:
             if self._failure is not None and self._failure is not error:
                 logger.warning("cancelled from outside after a failure", exc_info=self._failure)
-            if isinstance(error, asyncio.CancelledError):
-                return False
-            raise asyncio.CancelledError
-        if self._failure is None or self._failure is error:
-            return False
-        raise self._failure from self._failure.__cause__
+            if not isinstance(error, asyncio.CancelledError):
+                raise asyncio.CancelledError
+        elif self._failure is not None and self._failure is not error:
+            raise self._failure from self._failure.__cause__
 
     async def _stop_all(self) -> bool:
         """Stops every actor, last started first. A cancellation meanwhile does not cut it short; returns whether

@@ -49,21 +49,20 @@ class Subscription(Generic[M]):
         since = self._loop.time()
         while not mailbox.items:
             if mailbox.closed:
-                raise MailboxClosed(f"{mailbox.owner} has ended: the last publisher has gone")
+                raise MailboxClosed(f"{mailbox.place} has ended: the last publisher has gone")
             self.topic.watch(since + deadline_s)
-            await mailbox.wait(f"a {self.topic.name}", since, since + deadline_s)
+            await mailbox.wait(since, since + deadline_s)
         return cast(M, mailbox.take().message)
 
     def offer(self, envelope: Envelope) -> None:
         """Takes a published message without waiting, by the overflow policy."""
-        mailbox = self.mailbox
-        if mailbox.free == 0:
+        if not self.mailbox.offer(envelope):
             self.dropped += 1
             if self.overflow is Overflow.DROP_NEWEST:
                 return
-            mailbox.take()
-        mailbox.free -= 1
-        self.accept(envelope)
+            self.mailbox.take()
+            self.mailbox.offer(envelope)
+        self.received += 1
 
     def accept(self, envelope: Envelope) -> None:
         """Fills a slot that the publisher has reserved."""
@@ -124,7 +123,7 @@ class Publisher(Generic[M]):
                     continue
                 topic.watch(deadline)
                 try:
-                    await reader.mailbox.reserve(f"room in {reader.mailbox.owner}", since, deadline)
+                    await reader.mailbox.reserve(since, deadline)
                 except ActorStopped:
                     continue  # the reader left
                 reserved.append(reader)
