@@ -126,12 +126,7 @@ class Bus:
             await inbox.reserve(since, deadline)
             inbox.put(envelope)
         inbox.asked += 1
-        try:
-            answer: Reply = await reply
-        except asyncio.CancelledError:
-            if not reply.cancelled():
-                reply.exception()  # the answer and the cancellation came at once: nobody else will look at it
-            raise
+        answer: Reply = await reply
         return plain(answer) if self._plain else answer
 
     # Publishing

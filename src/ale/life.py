@@ -176,6 +176,10 @@ class Life:
         if self._inbox.state in ("starting", "restarting"):
             self._task.cancel()
 
+    def on_end(self, call: Callable[[], None]) -> None:
+        """Calls `call` when the actor has ended."""
+        self._task.add_done_callback(lambda _: call())
+
     # Host
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
@@ -202,8 +206,6 @@ class Life:
                 return
             except Exception as error:
                 delay_s = self._backoff_s(error)
-            if self._winding_down:
-                return
             self._inbox.state = "restarting"
             async with self.bus.waiting(f"the end of the back-off of {self._inbox.owner}"):
                 await asyncio.sleep(delay_s)
@@ -255,7 +257,7 @@ class Life:
         if self._main is not None:
             self._main.cancel()
         timer = self._loop.call_later(self._deadlines.stop_s, self._cut_short)
-        self._task.add_done_callback(lambda _: timer.cancel())
+        self.on_end(timer.cancel)
 
     def _cut_short(self) -> None:
         if self._over.is_set():
@@ -273,7 +275,9 @@ class Life:
     def _backoff_s(self, error: Exception) -> float:
         """How long to wait before the restart; raises when there is to be none."""
         restart = self._restart
-        if restart is None or self._children:  # a task that outlived its cancellation must not meet its successor
+        if restart is None or self._winding_down:
+            raise error
+        if self._children:  # a task that outlived its cancellation must not meet its successor
             raise error
         now = self._loop.time()
         while self._crashes and self._crashes[0] <= now - restart.window_s:
@@ -328,7 +332,7 @@ class Life:
     def _crashed(self, error: BaseException) -> None:
         if self._crash is None:
             self._crash = error
-        elif error is not self._crash:
+        else:
             logger.warning("%s, already crashed, also failed with", self._inbox.owner, exc_info=error)
         self._over.set()
 

@@ -13,9 +13,9 @@ such error is raised at the end, as it was, with a note that names the actor.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Coroutine
-from contextlib import suppress
 from math import inf
 from types import TracebackType
 from typing import Any
@@ -53,12 +53,13 @@ class Supervisor:
 
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> Actor:
         """Owns `work` like an actor that only runs: its error stops everything, leaving the body cancels it."""
+        actor = _Spawned(name, work)
         try:
-            actor = _Spawned(name, work)
-            self._begin(actor, None)
+            life = self._begin(actor, None)
         except BaseException:
             work.close()
             raise
+        life.on_end(actor.close)
         return actor
 
     async def stop(self, actor: Actor) -> None:
@@ -93,10 +94,7 @@ class Supervisor:
             self._failure = error  # the body failed first: what follows from that must not hide it
         cancelled = await self._stop_all() or isinstance(error, asyncio.CancelledError)
         if self._body_cancelled and self._body is not None:
-            if not cancelled:  # our own cancellation may still be on its way: it must not strike after the body
-                with suppress(asyncio.CancelledError):
-                    await asyncio.sleep(0)
-            cancelled = self._body.uncancel() > self._cancelling
+            cancelled = self._body.uncancel() > self._cancelling  # was anybody but us at it?
         if cancelled:
             if self._failure is not None and self._failure is not error:
                 logger.warning("cancelled from outside after a failure", exc_info=self._failure)
@@ -153,5 +151,6 @@ class _Spawned(Actor):
     async def run(self) -> None:
         await self._work
 
-    async def stopped(self) -> None:
-        self._work.close()
+    def close(self) -> None:
+        if inspect.getcoroutinestate(self._work) == inspect.CORO_CREATED:
+            self._work.close()  # stopped before its first step

@@ -340,6 +340,7 @@ async def test_a_time_out_inside_a_named_wait_is_not_taken_for_its_deadline(bus,
 @scenario
 async def test_statistics_count_every_message_once(bus, adder):
     adder.gate.clear()
+    await asyncio.sleep(1)
     await bus.tell("adder", Note(), deadline_s=1)
     await asyncio.sleep(1)
     await bus.tell("adder", Note(), deadline_s=1)

@@ -30,7 +30,7 @@ def test_a_scenario_in_which_every_task_waits_for_ever_is_a_deadlock_that_names_
         waiting = asyncio.create_task(wait_for_ever(), name="the culprit")
         await waiting
 
-    with pytest.raises(Deadlock, match="every task waits: .*the culprit"):
+    with pytest.raises(Deadlock, match=r"every task waits: .*the culprit"):
         run(scenario())
 
 

@@ -60,9 +60,10 @@ def test_get_names_the_end_of_data_and_its_deadline():
     async def scenario():
         bus = Bus()
         with bus.subscribe(Line, "reader", capacity=8, overflow=Overflow.HOLD) as lines:
-            with bus.publisher(Line):
-                with pytest.raises(DeadlineExceeded, match="a message in the subscription of 'reader' to Line"):
-                    await lines.get(deadline_s=1)
+            publisher = bus.publisher(Line)
+            with pytest.raises(DeadlineExceeded, match="a message in the subscription of 'reader' to Line"):
+                await lines.get(deadline_s=1)
+            publisher.close()
             with pytest.raises(MailboxClosed, match="the subscription of 'reader' to Line has ended"):
                 await lines.get(deadline_s=1)
 
@@ -135,7 +136,7 @@ def test_a_reader_that_may_lose_messages_never_holds_its_publisher(overflow, kep
 def test_a_publish_that_fails_reaches_no_reader_at_all(ending):
     async def scenario():
         bus = Bus()
-        fast = bus.subscribe(Line, "fast", capacity=9, overflow=Overflow.HOLD)
+        fast = bus.subscribe(Line, "fast", capacity=2, overflow=Overflow.HOLD)
         full = bus.subscribe(Line, "full", capacity=1, overflow=Overflow.HOLD)
         lossy = bus.subscribe(Line, "lossy", capacity=9, overflow=Overflow.DROP_OLDEST)
         with bus.publisher(Line) as lines:
@@ -149,7 +150,6 @@ def test_a_publish_that_fails_reaches_no_reader_at_all(ending):
             assert (await full.get()).number == 0
             await lines.publish(Line(number=2), deadline_s=1)
         assert [await numbers(reader) for reader in (fast, full, lossy)] == [[0, 2], [2], [0, 2]]
-        assert fast.mailbox.room == 0, "closed"
         assert bus.statistics().published == {"Line": 2}
 
     run(scenario())
@@ -167,6 +167,50 @@ def test_a_reader_that_leaves_lets_its_publishers_go():
             await publishing
         assert await numbers(stays) == [0, 1, 2]
         assert [books.reader for books in bus.statistics().subscriptions] == ["stays"]
+
+    run(scenario())
+
+
+def test_a_reader_that_leaves_while_a_publish_is_held_gets_nothing():
+    async def scenario():
+        bus = Bus()
+        leaving = [bus.subscribe(Line, o.value, capacity=1, overflow=o) for o in Overflow]
+        full = bus.subscribe(Line, "full", capacity=1, overflow=Overflow.HOLD)
+        with bus.publisher(Line) as lines:
+            await lines.publish(Line(number=0), deadline_s=1)
+            assert [(await reader.get()).number for reader in leaving] == [0, 0, 0]
+            held = asyncio.create_task(lines.publish(Line(number=1), deadline_s=1))
+            await settle()
+            for reader in leaving:
+                reader.close()
+            await full.get()
+            await held
+        assert [await numbers(reader) for reader in (*leaving, full)] == [[], [], [], [1]]
+
+    run(scenario())
+
+
+def test_what_a_leaving_reader_has_not_read_counts_as_dropped():
+    async def scenario():
+        bus = Bus()
+        reader = bus.subscribe(Line, "reader", capacity=9, overflow=Overflow.HOLD)
+        with bus.publisher(Line) as lines:
+            await publish_all(lines, 3)
+            await reader.get()
+            reader.close()
+        assert (reader.received, reader.dropped) == (3, 2)
+
+    run(scenario())
+
+
+def test_an_actor_that_has_ended_holds_no_publisher():
+    async def scenario():
+        bus = Bus()
+        async with Supervisor(bus) as supervisor:
+            await supervisor.start(Fragile())
+        assert bus.statistics().subscriptions == ()
+        with bus.publisher(Line) as lines:
+            await publish_all(lines, 99)
 
     run(scenario())
 

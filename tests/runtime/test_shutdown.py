@@ -1,6 +1,7 @@
 """Ordered, bounded, and nobody waits for the dead."""
 
 import asyncio
+import inspect
 import logging
 from typing import Any
 
@@ -272,6 +273,60 @@ def test_an_own_loop_is_cancelled_first_when_its_actor_is_stopped():
     run(scenario())
 
 
+def test_an_own_loop_produces_nothing_while_the_inbox_is_finished():
+    async def scenario():
+        class Ticking(Clerk):
+            async def run(self) -> None:
+                while True:
+                    self.log.append(f"tick {now():g}")
+                    await asyncio.sleep(1)
+
+        bus = Bus()
+        ticking = Ticking()
+        async with Supervisor(bus) as supervisor:
+            await supervisor.start(ticking)
+            await bus.tell("clerk", Job(takes_s=5), deadline_s=1)
+            await asyncio.sleep(0.5)
+        assert ticking.done == [5]
+        assert ticking.log == ["clerk started", "tick 0", "clerk stopped"]
+
+    run(scenario())
+
+
+def test_what_a_failed_start_had_spawned_is_ended():
+    async def scenario():
+        class HalfStarted(Clerk):
+            async def started(self) -> None:
+                self.spawn(asyncio.sleep(1000), name="helper")
+                raise ValueError("half started")
+
+        with pytest.raises(ValueError, match="half started"):
+            async with Supervisor(Bus()) as supervisor:
+                await supervisor.start(HalfStarted())
+        assert now() == 0
+        assert tasks_left() == 0
+
+    run(scenario())
+
+
+def test_a_crash_beside_the_first_one_is_logged(caplog):
+    async def scenario():
+        class Clumsy(Clerk):
+            async def stopped(self) -> None:
+                raise KeyError("second")
+
+        bus = Bus()
+        with pytest.raises(ValueError, match="a bad job"):
+            async with Supervisor(bus) as supervisor:
+                await supervisor.start(Clumsy())
+                await bus.tell("clerk", Job(takes_s=-1), deadline_s=1)
+                await asyncio.sleep(1000)
+
+    run(scenario())
+    assert "actor 'clerk', already crashed, also failed with" in caplog.text
+    assert "KeyError: 'second'" in caplog.text
+
+
 def test_an_error_while_an_own_loop_is_cancelled_is_not_lost():
     async def scenario():
         class Clumsy(Clerk):
@@ -289,16 +344,17 @@ def test_an_error_while_an_own_loop_is_cancelled_is_not_lost():
     run(scenario())
 
 
-def test_a_crash_while_the_inbox_is_finished_surfaces_and_the_rest_is_accounted_for():
+@pytest.mark.parametrize("restart", [None, Restart(budget=9, window_s=60)], ids=["no restart", "restart"])
+def test_a_crash_while_the_inbox_is_finished_surfaces_and_the_rest_is_accounted_for(restart):
     async def scenario():
         bus = Bus()
         with pytest.raises(ValueError, match="a bad job"):
             async with Supervisor(bus) as supervisor:
-                await supervisor.start(Clerk())
+                await supervisor.start(Clerk(), restart=restart)
                 for takes_s in (1, -1, 1):
                     await bus.tell("clerk", Job(takes_s=takes_s), deadline_s=1)
         books = bus.statistics().actors["clerk"]
-        assert (books.handled, books.failed, books.dropped) == (1, 1, {"crashed": 1})
+        assert (books.handled, books.failed, books.dropped, books.restarts) == (1, 1, {"crashed": 1}, 0)
 
     run(scenario())
 
@@ -367,6 +423,33 @@ def test_a_cancelled_body_stops_its_actors_and_stays_cancelled():
     run(scenario())
 
 
+def test_a_supervisor_in_the_cleanup_of_a_cancelled_task_still_surfaces_its_crashes():
+    async def scenario():
+        caught = []
+
+        async def body():
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                bus = Bus()
+                try:
+                    async with Supervisor(bus) as supervisor:
+                        await supervisor.start(Clerk())
+                        await bus.tell("clerk", Job(takes_s=-1), deadline_s=1)
+                        await asyncio.sleep(1000)
+                except ValueError as error:
+                    caught.append(str(error))
+
+        task = asyncio.create_task(body())
+        await settle()
+        task.cancel()
+        await asyncio.wait([task])
+        assert caught == ["a bad job"]
+        assert task.cancelled()
+
+    run(scenario())
+
+
 def test_a_cancellation_during_the_shutdown_does_not_cut_it_short():
     async def scenario():
         bus = Bus()
@@ -426,6 +509,19 @@ def test_spawned_work_is_cancelled_at_the_end_of_the_body_and_joined_by_name():
             with pytest.raises(ValueError, match="has an actor named 'long' already"):
                 supervisor.spawn(refused, name="long")
         assert ended == [(2, 2), (50, 2)]
+
+    run(scenario())
+
+
+def test_spawned_work_that_never_began_is_closed():
+    async def scenario():
+        async def work() -> None:
+            pytest.fail("began")
+
+        never = work()
+        async with Supervisor(Bus()) as supervisor:
+            supervisor.spawn(never, name="never")
+        assert inspect.getcoroutinestate(never) == inspect.CORO_CLOSED
 
     run(scenario())
 

@@ -7,7 +7,7 @@ import pytest
 
 from ale.actor import Actor
 from ale.bus import Bus
-from ale.errors import ActorError, ActorStopped, DeadlineExceeded, RestartBudgetSpent, UserError
+from ale.errors import ActorError, DeadlineExceeded, RestartBudgetSpent, UserError
 from ale.supervisor import Restart, Supervisor
 from ale.testing.clock import run
 from ale.wire import Message, Request
