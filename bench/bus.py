@@ -233,19 +233,22 @@ async def _send(bus: Bus, count: int) -> None:
 
 
 async def late_answers_raise() -> bool:
-    bus = Bus()
+    bus, release = Bus(), asyncio.Event()
 
     class Silent(Actor):
-        async def receive(self, message: Message) -> None:
-            await asyncio.Event().wait()
+        async def receive(self, message: Message) -> Total:
+            await release.wait()
+            return Total(value=0)
 
-    async with Supervisor(bus, stop_deadline_s=0.01) as supervisor:
-        await supervisor.start(Silent("silent", capacity=1, concurrency=2))
+    async with Supervisor(bus) as supervisor:
+        await supervisor.start(Silent("silent", capacity=1))
         try:
             await bus.ask("silent", GetTotal(), deadline_s=0.01)
         except DeadlineExceeded:
             return True
-        return False
+        finally:
+            release.set()
+    return False
 
 
 def main() -> None:

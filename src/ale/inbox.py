@@ -5,7 +5,7 @@ At any time told + asked = handled + answered + failed + abandoned + dropped (by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -62,7 +62,7 @@ class Inbox(Mailbox):
         self.abandoned = 0
         self.dropped: dict[str, int] = {}
         self.restarts = 0
-        self.hands: list[Hand] = []
+        self.hands: Sequence[Hand] = ()
 
     def drop(self, envelope: Envelope, reason: str, error: ActorError) -> None:
         """Accounts for a message that nobody will handle; if it was asked, the asker gets `error`."""

@@ -7,7 +7,7 @@ import pytest
 
 from ale.actor import Actor
 from ale.bus import Bus
-from ale.errors import ActorError, DeadlineExceeded, RestartBudgetSpent, UserError
+from ale.errors import ActorError, ActorStopped, DeadlineExceeded, RestartBudgetSpent, UserError
 from ale.supervisor import Restart, Supervisor
 from ale.testing.clock import run
 from ale.wire import Message, Request
@@ -125,6 +125,9 @@ def test_an_ask_that_waits_while_its_actor_dies_gets_an_error_with_the_cause():
         assert isinstance(queued, ActorError)
         books = bus.statistics().actors["machine"]
         assert (books.failed, books.dropped) == (1, {"crashed": 2})
+        with pytest.raises(ActorStopped, match="actor 'machine' has ended: ValueError: broken") as late:
+            await bus.ask("machine", Work(), deadline_s=60)
+        assert isinstance(late.value.__cause__, ValueError)
 
     run(scenario())
 
