@@ -1,0 +1,232 @@
+"""The configuration of a run: flat frozen structs, read from TOML. An unknown field is an error that names the field.
+
+    run = load("examples/nano.toml", ["seed=1", "rollout.max_lag=0"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from ale.errors import ConfigError
+
+Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
+ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo"]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class ModelConfig(_Section, frozen=True):
+    """`path` is a local Hugging Face directory, or "nano": a tiny Qwen3-MoE made for the run."""
+
+    path: str = "nano"
+    threads: int = 1
+    """Threads of each of the two processes that compute, the engine and the learner."""
+
+
+class TasksConfig(_Section, frozen=True):
+    """Where tasks come from: "procedural", or a directory of task directories (split by `heldout`)."""
+
+    source: str = "procedural"
+    heldout: int = 200
+    families: int = 60
+    """Tasks of wholly unseen families, evaluated beside the held-out ones; procedural tasks only."""
+    seed: int = 0
+
+
+class WarmStartConfig(_Section, frozen=True):
+    """Supervised updates on a fixed, small set of oracle demonstrations before any reinforcement learning."""
+
+    steps: int = 0
+    demonstrations: int = 256
+    """Demonstrations of each family that has no entry in `by_family`, spread evenly: this is the total."""
+    by_family: dict[str, int] = {}
+    batch: int = 16
+    learning_rate: float = 2e-3
+
+
+class AgentConfig(_Section, frozen=True):
+    """One episode: what the agent is told and how far it may go."""
+
+    system_prompt: str = ""
+    max_turns: int = 8
+    max_turn_tokens: int = 48
+    max_context_tokens: int = 1024
+    max_output_chars: int = 400
+    max_illegal_calls: int = 3
+    command_timeout_s: float = 10.0
+    episode_timeout_s: float = 120.0
+
+
+class RolloutConfig(_Section, frozen=True):
+    """How samples are made. A batch is `groups_per_step` groups of `group_size` rollouts of one task."""
+
+    group_size: int = 8
+    groups_per_step: int = 8
+    max_lag: int = 1
+    on_stale: Literal["discard", "wait"] = "discard"
+    concurrency: int = 64
+    """Episodes at once."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+
+class AlgorithmConfig(_Section, frozen=True):
+    """The objective; names and equations in docs/algorithm.md."""
+
+    objective: ObjectiveName = "ipa"
+    baseline: Baseline = "group_mean"
+    gamma: float | None = None
+    mask_high: float | None = None
+    mask_low: float | None = None
+    normalization: Literal["token", "sequence", "sequence_token"] | None = None
+    pi_old: Literal["snapshot", "mu", "proximal"] = "snapshot"
+    shuffle_rewards: bool = False
+    """A control: rewards are permuted between the trajectories of a batch, so that there is nothing to learn."""
+
+
+class LearnerConfig(_Section, frozen=True):
+    updates: int = 100
+    learning_rate: float = 1e-3
+    warmup_steps: int = 5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_tokens: int = 8192
+    router_loss: float = 0.001
+    checkpoint_every: int = 0
+    """Updates between checkpoints; 0: only at the end."""
+    step_deadline_s: float = 600.0
+
+
+class EvalConfig(_Section, frozen=True):
+    temperature: float = 0.0
+    every: int = 0
+    """Updates between evaluations on the held-out tasks; 0: before and after only."""
+
+
+class SandboxConfig(_Section, frozen=True):
+    kind: Literal["local", "unsafe-process"] = "local"
+    memory_mb: int = 256
+    pids: int = 32
+
+
+class RunConfig(_Section, frozen=True):
+    """Everything that decides a run. `name` is its folder under `runs_dir`."""
+
+    name: str = "run"
+    seed: int = 0
+    runs_dir: str = "runs"
+    model: ModelConfig = ModelConfig()
+    tasks: TasksConfig = TasksConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    agent: AgentConfig = AgentConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+
+    def __post_init__(self) -> None:
+        _positive(self.rollout, "rollout", "group_size", "groups_per_step", "concurrency")
+        _positive(self.agent, "agent", "max_turns", "max_turn_tokens", "max_context_tokens", "command_timeout_s")
+        _positive(self.model, "model", "threads")
+        _positive(self.learner, "learner", "max_grad_norm", "micro_tokens", "step_deadline_s")
+        for value, name in (
+            (self.rollout.max_lag, "rollout.max_lag"),
+            (self.learner.updates, "learner.updates"),
+            (self.learner.learning_rate, "learner.learning_rate"),
+            (self.rollout.temperature, "rollout.temperature"),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature must be positive: greedy rollouts of a task are all the same")
+        if self.rollout.group_size < 2 and self.algorithm.baseline in ("group_mean", "group_norm", "leave_one_out"):
+            raise ValueError(
+                f'rollout.group_size is {self.rollout.group_size}, but algorithm.baseline = "{self.algorithm.baseline}" '
+                'compares the members of a group: use at least 2, or baseline = "signed" or "none"'
+            )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a TOML file; each override is `section.field=value`, the value as in TOML (or a bare word).
+
+    Raises `ConfigError`, which names the file and the field.
+    """
+    file = Path(path)
+    try:
+        tree = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"There is no configuration file {file}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {file} cannot be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}.") from error
+    for override in overrides:
+        _override(tree, override)
+    tree.setdefault("name", file.stem)
+    return parse(tree, where=str(file))
+
+
+def parse(tree: dict[str, Any], *, where: str = "configuration") -> RunConfig:
+    """A `RunConfig` from plain data; `where` is named in errors."""
+    _refuse_unknown(tree, RunConfig, where, "")
+    try:
+        return msgspec.convert(tree, RunConfig)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        if " - at `$." in text:
+            said, _, field = text.partition(" - at `$.")
+            raise ConfigError(f"{where}: field {field.rstrip('`')}: {said}.") from error
+        raise ConfigError(f"{where}: {text}.") from error
+
+
+def dump(config: RunConfig) -> bytes:
+    """JSON of every field, defaults included: what `runs/NAME/config.json` holds."""
+    return msgspec.json.format(msgspec.json.encode(config), indent=2)
+
+
+def _refuse_unknown(tree: dict[str, Any], struct: type[msgspec.Struct], where: str, prefix: str) -> None:
+    fields = {f.name: f.type for f in msgspec.structs.fields(struct)}
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are: {', '.join(fields)}"
+            raise ConfigError(f"{where}: there is no field {prefix}{key}; {hint}")
+        kind = fields[key]
+        if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, _Section):
+            _refuse_unknown(value, kind, where, f"{prefix}{key}.")
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"The override {text!r} is not of the form section.field=value.")
+    try:
+        value: Any = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *sections, field = key.strip().split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"The override {text!r} goes into {section!r}, which is a value, not a section.")
+    node[field] = value
+
+
+def _positive(section: msgspec.Struct, name: str, *fields: str) -> None:
+    for field in fields:
+        value = getattr(section, field)
+        if not value > 0:
+            raise ValueError(f"{name}.{field} must be positive, got {value}")
