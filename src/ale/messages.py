@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from ale.config import AlgorithmConfig, LearnerConfig
 from ale.envs.task import Task
 from ale.wire import Array, Message, Request
 
@@ -226,3 +227,56 @@ class SaveCheckpoint(Request[None], frozen=True):
     """`SaveCheckpoint(path="runs/a/checkpoints/4")`: a Hugging Face directory with model and tokenizer."""
 
     path: str
+
+
+# Opening the two processes that compute
+
+
+class Opened(Message, frozen=True):
+    """`Opened(version=0, slot=0)`: the process has loaded its model; what it will sample from or has published."""
+
+    version: int
+    slot: int
+
+
+class OpenEngine(Request[Opened], frozen=True):
+    """`OpenEngine(model="runs/a/model", weights_fd=7, slots=3, threads=1, rows=64)`. `weights_fd` None: no learner."""
+
+    model: str
+    weights_fd: int | None
+    slots: int
+    threads: int
+    rows: int
+
+
+class OpenLearner(Request[Opened], frozen=True):
+    """`OpenLearner(model="runs/a/model", weights_fd=7, slots=3, threads=1, algorithm=..., learner=..., temperature=1)`."""
+
+    model: str
+    weights_fd: int
+    slots: int
+    threads: int
+    algorithm: AlgorithmConfig
+    learner: LearnerConfig
+    temperature: float
+
+
+class StartPolicyOptimization(Request[None], frozen=True):
+    """`StartPolicyOptimization()`: the warm start is over; the optimizer starts afresh."""
+
+
+class EngineStatistics(Message, frozen=True):
+    """`EngineStatistics(version=3, running=12, ...)`: the engine's counters since it was opened, in tokens."""
+
+    version: int
+    running: int
+    waiting: int
+    parked: int
+    generated_tokens: int
+    prefilled_tokens: int
+    reused_tokens: int
+    recomputed_tokens: int
+
+
+class GetStatistics(Request[EngineStatistics], frozen=True):
+    """`GetStatistics()`"""
