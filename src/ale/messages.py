@@ -156,6 +156,32 @@ class Group(Message, frozen=True):
         return min(t.oldest_version for t in self.trajectories)
 
 
+class GroupStarted(Message, frozen=True):
+    """`GroupStarted(group="g3")`: the buffer learns the order in which groups begin."""
+
+    group: str
+
+
+class GroupEnded(Message, frozen=True):
+    """`GroupEnded(group="g3", reason="zero_advantage")`: it will not be trained on."""
+
+    group: str
+    reason: str
+
+
+class Batch(Message, frozen=True):
+    """`Batch(groups=(Group(...),))`: what one update is made of."""
+
+    groups: tuple[Group, ...]
+
+
+class TakeBatch(Request[Batch], frozen=True):
+    """`TakeBatch(version=4, groups=8)`: wait for 8 groups fresh enough to train version 4 on."""
+
+    version: int
+    groups: int
+
+
 class Rollout(Request[Trajectory], frozen=True):
     """`Rollout(id="g3/1", group="g3", task=Task(...), sampling=Sampling(seed=31))`: run one episode to its score."""
 
