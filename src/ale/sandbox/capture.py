@@ -7,6 +7,8 @@ import os
 
 from ale.sandbox.rocklet import CHUNK, FLOOD_BYTES, FLOOD_PAUSE_S, Stream
 
+_FULLEST_PIPE = 1 << 20  # what an unprivileged writer may enlarge a pipe to
+
 
 class Capture:
     """A pipe whose `inlet` a command writes to. Use as a context manager; `finish()` once all writers have gone."""
@@ -18,6 +20,8 @@ class Capture:
         self._stream = Stream(outlet, keep)
         self._pause: asyncio.TimerHandle | None = None
         self._reading = True
+        self.ended = asyncio.Event()
+        """Set when the last writer has gone."""
         self._listen()
 
     def __enter__(self) -> Capture:
@@ -36,8 +40,9 @@ class Capture:
     def finish(self) -> tuple[bytes, int]:
         """Takes what the pipe still holds; (kept bytes, dropped count)."""
         self._stop()
-        while self._read():
-            pass
+        for _ in range(_FULLEST_PIPE // CHUNK + 1):
+            if not self._read():
+                break
         return self._stream.value(), self._stream.dropped
 
     def _listen(self) -> None:
@@ -45,19 +50,22 @@ class Capture:
         self._loop.add_reader(self._stream.fd, self._on_readable)
 
     def _on_readable(self) -> None:
-        if not self._read():
+        data = self._read()
+        if data == b"":
+            self.ended.set()
             self._stop()
         elif self._stream.dropped > FLOOD_BYTES:  # a flood then costs its writer time instead of the loop
             self._loop.remove_reader(self._stream.fd)
             self._pause = self._loop.call_later(FLOOD_PAUSE_S, self._listen)
 
-    def _read(self) -> bool:
+    def _read(self) -> bytes | None:
+        """One chunk; b"" at the end, None when there is nothing now."""
         try:
             data = os.read(self._stream.fd, CHUNK)
         except BlockingIOError:
-            return False
+            return None
         self._stream.take(data)
-        return bool(data)
+        return data
 
     def _stop(self) -> None:
         if self._reading:

@@ -56,7 +56,7 @@ def make_cgroups(name: str, owner: tuple[int, int] | None, parents: Parents | No
             if made is not None:
                 hierarchies.append(made)
                 version = "v2" if candidates is parents.v2 else "v1"
-                enforces |= {controller: f"cgroup {version}" for controller in controllers}
+                enforces |= dict.fromkeys(controllers, f"cgroup {version}")
                 break
     return Cgroups(tuple(hierarchies), enforces)
 
@@ -85,9 +85,8 @@ def find_parents(proc: Path = Path("/proc/self")) -> Parents:
         kind, _, options = right.split()[:3]
         keys = [""] if kind == "cgroup2" else options.split(",") if kind == "cgroup" else []
         for key in keys:
-            path = own.get(key)
-            if path is not None and key in ("", "memory", "pids"):
-                inside = os.path.relpath(path, root)
+            if key in own and key in ("", "memory", "pids"):
+                inside = os.path.relpath(own[key], root)
                 group = Path(point) / ("" if inside.startswith("..") else inside)
                 # v2 forbids groups beside processes everywhere but at the root: try upwards from here.
                 above = [parent for parent in group.parents if parent.is_relative_to(point)] if key == "" else []

@@ -44,19 +44,15 @@ class Foundation:
     async def gather(self, spec: SandboxSpec) -> None:
         if isinstance(spec.base, tuple):
             for source in spec.base:
-                if not Path(source).is_dir():
-                    raise SandboxError(f"SandboxSpec.base: {source!r} is not a directory")
-                self.layers.append(await self.store.import_tree(source))
+                self.layers.append(await self.store.import_tree(source, directory=True))
         elif isinstance(spec.base, LocalSnapshot):
             spec.base.check(self.store)
             self.layers += map(self.store.hold, spec.base.layers)
         else:
             raise SandboxError(f"SandboxSpec.base: {spec.base!r} is not a snapshot of this engine")
         for mount in spec.mounts:
-            if not Path(mount.source).exists():
-                raise SandboxError(f"Mount.source: {mount.source!r} does not exist")
             if mount.writable:
-                self.binds.append(Bind(Path(mount.source).absolute(), mount.target, True))
+                self.binds.append(Bind(Path(mount.source), mount.target, True))
             else:
                 self._mounted.append(await self.store.import_tree(mount.source))
                 self.binds.append(Bind(self._mounted[-1].path, mount.target))

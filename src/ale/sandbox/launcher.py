@@ -14,6 +14,7 @@ Launcher to engine: {"ready": pid}
 A sandbox has ended when its last process is gone: bwrap's monitor is reaped and process 1 of the namespace is dead.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -23,6 +24,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_MESSAGE = 1 << 20
@@ -35,33 +38,33 @@ _OOM_SCORE_ADJ = "500"  # when the host runs out of memory a sandbox goes before
 class Job:
     """One sandbox: bwrap's monitor process, and process 1 of its namespaces once bwrap has named it."""
 
-    def __init__(self, name, monitor, status_fd, cgroups):
-        self.name, self.monitor, self.status_fd, self.cgroups = name, monitor, status_fd, cgroups
+    def __init__(self, name: str, monitor: int, status_fd: int, cgroups: list[str]) -> None:
+        self.name, self.monitor, self.cgroups = name, monitor, cgroups
+        self.status_fd: int | None = status_fd
         self.status = bytearray()
-        self.init_pidfd = None
+        self.init_pidfd: int | None = None
         self.init_alive = True
-        self.monitor_code = None
+        self.monitor_code: int | None = None
         self.killed = False
 
-    def report(self):
+    def report(self) -> dict[str, Any]:
         """The JSON documents that bwrap has written so far, merged."""
-        merged = {}
+        merged: dict[str, Any] = {}
         for line in self.status.splitlines():
-            try:
+            with contextlib.suppress(ValueError):  # the last line may be half there
                 merged |= json.loads(line)
-            except ValueError:
-                pass  # the last line may be half there
         return merged
 
 
 class Launcher:
-    def __init__(self, control, config):
+    def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
         self.control = control
         self.directory = config["directory"]
         self.seccomp = config["seccomp"]
         self.cgroups = config["cgroups"]  # [{"directory", "limits": {name of the limit: file}}]
-        self.jobs = {}  # name -> Job
-        self.by_monitor, self.by_fd = {}, {}
+        self.jobs: dict[str, Job] = {}
+        self.by_monitor: dict[int, Job] = {}
+        self.by_fd: dict[int, Job] = {}
         self.poller = select.poll()
         self.wake, wake_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -70,7 +73,7 @@ class Launcher:
         for fd in (control.fileno(), self.wake, self.engine_pidfd):
             self.poller.register(fd, select.POLLIN)
 
-    def serve(self):
+    def serve(self) -> None:
         while True:
             for fd, _ in self.poller.poll():
                 if fd == self.engine_pidfd:
@@ -84,7 +87,7 @@ class Launcher:
                     self.progress(fd)
             self.reap()
 
-    def receive(self):
+    def receive(self) -> bool:
         # Not socket.recv_fds: it loses the flag, and every sandbox would inherit these descriptors.
         data, ancillary, _, _ = self.control.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(3 * 4), socket.MSG_CMSG_CLOEXEC)
         fds = [fd for _, _, packed in ancillary for fd in memoryview(packed).cast("i")]
@@ -103,19 +106,17 @@ class Launcher:
             self.kill(self.jobs[message["kill"]])
         return True
 
-    def tell(self, message):
-        try:
+    def tell(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the engine has gone; the main loop sees it too
             self.control.send(json.dumps(message).encode())
-        except OSError:
-            pass  # the engine has gone; the main loop sees it too
 
-    def spawn(self, message, fds):
+    def spawn(self, message: dict[str, Any], fds: list[int]) -> None:
         name = message["spawn"]
         status_out, status_in = os.pipe2(os.O_CLOEXEC)
-        actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)]
+        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)]
         actions.append((os.POSIX_SPAWN_OPEN, SECCOMP_FD, self.seccomp, os.O_RDONLY, 0))
         actions.append((os.POSIX_SPAWN_DUP2, status_in, STATUS_FD))
-        cgroups = []
+        cgroups: list[str] = []
         try:
             cgroups = self.enter_cgroups(name, message["limits"])
             argv = message["argv"]
@@ -133,7 +134,7 @@ class Launcher:
         self.jobs[name] = self.by_monitor[monitor] = self.by_fd[status_out] = job
         self.poller.register(status_out, select.POLLIN)
 
-    def enter_cgroups(self, name, limits):
+    def enter_cgroups(self, name: str, limits: dict[str, int]) -> list[str]:
         """Moves this process into new cgroups, so that what it starts next is born in them."""
         made = []
         for hierarchy in self.cgroups:
@@ -145,11 +146,11 @@ class Launcher:
             write(f"{directory}/cgroup.procs", "0")
         return made
 
-    def leave_cgroups(self):
+    def leave_cgroups(self) -> None:
         for hierarchy in self.cgroups:
             write(f"{hierarchy['directory']}/home/cgroup.procs", "0")
 
-    def progress(self, fd):
+    def progress(self, fd: int) -> None:
         job = self.by_fd[fd]
         if fd == job.init_pidfd:
             job.init_alive = False
@@ -158,14 +159,14 @@ class Launcher:
             return
         self.read_status(job)
 
-    def read_status(self, job):
+    def read_status(self, job: Job) -> None:
         if job.status_fd is None:
             return
-        try:
+        ended = False
+        with contextlib.suppress(BlockingIOError):
             while data := os.read(job.status_fd, 4096):
                 job.status += data
-        except BlockingIOError:
-            data = None
+            ended = True
         init = job.report().get("child-pid")
         if init is not None and job.init_pidfd is None and job.init_alive:
             try:
@@ -177,27 +178,25 @@ class Launcher:
                 self.poller.register(job.init_pidfd, select.POLLIN)
                 if job.killed:
                     self.kill(job)
-        if data == b"":
+        if ended:
             self.forget_fd(job.status_fd)
             job.status_fd = None
 
-    def forget_fd(self, fd):
+    def forget_fd(self, fd: int) -> None:
         self.poller.unregister(fd)
         del self.by_fd[fd]
         os.close(fd)
 
-    def kill(self, job):
+    def kill(self, job: Job) -> None:
         """Kills process 1 of the namespaces, and the kernel kills the rest; before it is known, the monitor."""
         job.killed = True
-        try:
+        with contextlib.suppress(ProcessLookupError):
             if job.init_pidfd is not None and job.init_alive:
                 signal.pidfd_send_signal(job.init_pidfd, signal.SIGKILL)
             elif job.monitor_code is None:
                 os.kill(job.monitor, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
-    def reap(self):
+    def reap(self) -> None:
         for job in list(self.jobs.values()):
             if job.init_pidfd is None:
                 self.read_status(job)  # before its pid can be given to another process
@@ -208,12 +207,12 @@ class Launcher:
                 return
             if pid == 0:
                 return
-            job = self.by_monitor.pop(pid, None)
-            if job is not None:
+            if pid in self.by_monitor:  # else process 1 of a sandbox whose monitor went first
+                job = self.by_monitor.pop(pid)
                 job.monitor_code = os.waitstatus_to_exitcode(status)
                 self.settle(job)
 
-    def settle(self, job):
+    def settle(self, job: Job) -> None:
         if job.monitor_code is None:
             return
         self.read_status(job)
@@ -234,7 +233,7 @@ class Launcher:
         )
         remove_cgroups(job.cgroups)
 
-    def end(self):
+    def end(self) -> None:
         """Kills every sandbox, waits for the last process of each, and removes the engine's directory."""
         self.poller.unregister(self.control.fileno())
         self.poller.unregister(self.engine_pidfd)
@@ -251,7 +250,7 @@ class Launcher:
         remove_tree(self.directory)
 
 
-def write(path, text):
+def write(path: str, text: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode())
@@ -259,15 +258,13 @@ def write(path, text):
         os.close(fd)
 
 
-def remove_cgroups(directories):
+def remove_cgroups(directories: Iterable[str]) -> None:
     for directory in directories:
-        try:
+        with contextlib.suppress(OSError):  # the sweep of the next engine start removes it
             os.rmdir(directory)
-        except OSError:
-            pass  # the sweep of the next engine start removes it
 
 
-def remove_tree(path):
+def remove_tree(path: str | os.PathLike[str]) -> None:
     """Removes a tree that no process uses any more, whatever modes a sandbox left on its directories."""
     try:
         shutil.rmtree(path)
@@ -279,7 +276,7 @@ def remove_tree(path):
         shutil.rmtree(path)
 
 
-def main():
+def main() -> None:
     config = json.loads(sys.argv[1])
     for fd in config["keep"]:
         os.set_inheritable(fd, False)  # the engine's lock, held until this process has ended too

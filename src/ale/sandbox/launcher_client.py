@@ -81,9 +81,9 @@ class LauncherClient:
         ours.setblocking(False)
         fields = msgspec.to_builtins(config) | {"engine": os.getpid(), "keep": [config.lock_fd]}
         with theirs:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220 (once per engine, by vfork)
                 [sys.executable, "-I", "-S", launcher.__file__, json.dumps(fields)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 env={},
                 pass_fds=[config.lock_fd],
                 start_new_session=True,  # a Ctrl-C at the terminal is the engine's to handle
@@ -131,8 +131,8 @@ class LauncherClient:
             self._control.send(json.dumps(message).encode())
 
     async def _writable(self) -> None:
-        ready = self._loop.create_future()
-        self._loop.add_writer(self._control.fileno(), lambda: ready.done() or ready.set_result(None))
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_writer(self._control.fileno(), lambda: None if ready.done() else ready.set_result(None))
         try:
             async with asyncio.timeout(_SEND_S):
                 await ready

@@ -38,15 +38,15 @@ class LayerStore:
         self._made += 1
         return self._directory / f"{self._made:x}"
 
-    async def import_tree(self, source: str) -> Layer:
-        """A held layer with the content that `source` (directory or file) has now, copied once per content.
+    async def import_tree(self, source: str, *, directory: bool = False) -> Layer:
+        """A held layer with the content that `source` (a file or directory; with `directory` only the latter) has now.
 
-        Raises SandboxError when it cannot be read or holds what is neither file, directory nor symbolic link.
+        Copied once per content. Raises SandboxError when it cannot be read or holds other things than files,
+        directories and symbolic links.
         """
-        key = os.path.realpath(source)
         async with self._importing:
             try:
-                signature = await asyncio.to_thread(signature_of, key)
+                key, signature = await asyncio.to_thread(_examine, source, directory)
                 cached = self._cached.get(key)
                 if cached is not None and cached[0] == signature:
                     return self.hold(cached[1])
@@ -90,6 +90,13 @@ class LayerStore:
             await asyncio.to_thread(_discard, path)
 
 
+def _examine(source: str, directory: bool) -> tuple[str, str]:
+    key = os.path.realpath(source, strict=True)
+    if directory and not os.path.isdir(key):
+        raise NotADirectoryError(f"{source} is not a directory")
+    return key, signature_of(key)
+
+
 def _discard(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         remove_tree(path)
@@ -113,14 +120,18 @@ def signature_of(source: str) -> str:
 
 
 def copy_tree(source: Path, target: Path, owner: Owner | None) -> None:
-    """Copies a tree: symbolic links as they are, times kept, set-id bits dropped, everything readable by its owner."""
+    """Copies a tree over what is there: symbolic links as they are, times kept, no set-id bits, readable by its owner."""
     info = source.lstat()
     if stat.S_ISLNK(info.st_mode):
+        target.unlink(missing_ok=True)
         target.symlink_to(os.readlink(source))
     elif stat.S_ISREG(info.st_mode):
+        target.unlink(missing_ok=True)  # a link here could lead anywhere
         shutil.copyfile(source, target, follow_symlinks=False)
     elif stat.S_ISDIR(info.st_mode):
-        target.mkdir()
+        if target.is_symlink():
+            target.unlink()
+        target.mkdir(exist_ok=True)
         with os.scandir(source) as children:
             for child in children:
                 copy_tree(source / child.name, target / child.name, owner)

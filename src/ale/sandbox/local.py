@@ -165,7 +165,13 @@ class LocalEngine:
             binds=foundation.binds,
             tmp_bytes=spec.limits.tmp_mb * _MB,
             env=environment(spec, command),
-            command=become(self._shell, spec, command, self._enforcement.resource_limits(spec.limits)),
+            command=become(
+                self._shell,
+                command,
+                os.path.join(spec.workdir, command.cwd) if command.cwd is not None else None,
+                self._enforcement.resource_limits(spec.limits),
+                spec.limits.cpu_s,
+            ),
             rocklet=False,
         )
         limits = self._enforcement.group_limits(spec.limits)
@@ -183,14 +189,14 @@ async def open_local(*, state_dir: Path | None = None, bwrap: Path | None = None
     Raises SandboxUnavailable, with the cure, when this machine does not let it isolate processes.
     """
     parent = state_dir or default_parent()
-    binary = bwrap or await asyncio.to_thread(find_bwrap)
+    binary: Path = bwrap or await asyncio.to_thread(find_bwrap)
     await asyncio.to_thread(sweep, parent)
     user = sandbox_user()
     stack = AsyncExitStack()
     try:
-        state = await asyncio.to_thread(StateDirectory.make, parent, user)
+        state = StateDirectory.make(parent, user)
         stack.push_async_callback(asyncio.to_thread, state.remove)
-        cgroups = await asyncio.to_thread(make_cgroups, state.name, user)
+        cgroups = make_cgroups(state.name, user)
         stack.push_async_callback(asyncio.to_thread, cgroups.remove)
         line, interpreter = await asyncio.to_thread(furnish, state, binary)
         config = LauncherConfig(

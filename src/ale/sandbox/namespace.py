@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ale.errors import DeadlineExceeded, SandboxError
 from ale.sandbox.channel import GRACE_S, Channel
@@ -36,8 +37,8 @@ class Namespace:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         try:
-            with theirs, open(os.devnull, "wb") as null:
-                stdio = (theirs.fileno(), null.fileno(), self._stderr)
+            with theirs:
+                stdio = (theirs.fileno(), self._stderr, self._stderr)
                 self._launched = await client.spawn(self.name, argv, stdio=stdio, limits=limits)
             self._channel = await Channel.open(ours, self._on_broken)
         except BaseException:
@@ -45,7 +46,8 @@ class Namespace:
                 ours.close()
             raise
         channel, launched = self._channel, self._launched
-        await asyncio.wait([channel.ready, launched.ended], timeout=_START_S, return_when=asyncio.FIRST_COMPLETED)
+        first: list[asyncio.Future[Any]] = [channel.ready, launched.ended]
+        await asyncio.wait(first, timeout=_START_S, return_when=asyncio.FIRST_COMPLETED)
         if not channel.ready.done():
             cause = SandboxError("it did not start in time")
             channel.fail(cause)
@@ -75,7 +77,7 @@ class Namespace:
         the time-out that it is; the next call raises SandboxError."""
         channel = self._live()
         cpu = b"%d" % max(1, round(cpu_s)) if cpu_s is not None else b""
-        fields = (b"%f" % timeout_s, cpu, output_bytes, cwd, stdin, len(argv), *argv, *env)
+        fields: tuple[bytes | int, ...] = (b"%f" % timeout_s, cpu, output_bytes, cwd, stdin, len(argv), *argv, *env)
         try:
             frame = await channel.request(RUN, *fields, deadline_s=timeout_s + GRACE_S)
         except DeadlineExceeded as error:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from ale.errors import SandboxError
 from ale.sandbox.capture import Capture
 from ale.sandbox.launcher_client import LauncherClient
-from ale.sandbox.port import Command, Completed, SandboxSpec
+from ale.sandbox.port import Command, Completed
 from ale.sandbox.shielded import shielded
 
 _LAST_SIGNAL = 64
@@ -28,7 +28,7 @@ async def run_once(
     Raises SandboxError when the command was not reached. `keep`: bytes of each stream.
     """
     started = time.monotonic()
-    with Capture(keep) as out, Capture(keep) as err, _open_stdin(command.stdin) as stdin:
+    with Capture(keep) as out, Capture(keep) as err, open_stdin(command.stdin) as stdin:
         stdio = (stdin.fileno(), out.inlet, err.inlet)
         launched = await client.spawn(name, argv, stdio=stdio, limits=limits)
         out.close_inlet()
@@ -61,7 +61,9 @@ async def run_once(
     )
 
 
-def become(shell: str, spec: SandboxSpec, command: Command, limits: Mapping[int, int]) -> tuple[str, ...]:
+def become(
+    shell: str, command: Command, directory: str | None, limits: Mapping[int, int], cpu_s: float | None
+) -> tuple[str, ...]:
     """A shell that lowers its limits, enters the directory and becomes the command."""
     bash = shell.endswith("bash")
     settings = {"-c": limits[resource.RLIMIT_CORE], "-n": limits[resource.RLIMIT_NOFILE]}
@@ -70,17 +72,17 @@ def become(shell: str, spec: SandboxSpec, command: Command, limits: Mapping[int,
         settings["-u" if bash else "-p"] = limits[resource.RLIMIT_NPROC]
     if resource.RLIMIT_AS in limits:
         settings["-v"] = limits[resource.RLIMIT_AS] // 1024
-    if spec.limits.cpu_s is not None:
-        settings["-t"] = max(1, round(spec.limits.cpu_s))
+    if cpu_s is not None:
+        settings["-t"] = max(1, round(cpu_s))
     script = "".join(f"ulimit {letter} {value} || exit 126\n" for letter, value in settings.items())
-    if command.cwd is not None:
-        script += f"cd -- {shlex.quote(os.path.join(spec.workdir, command.cwd))} || exit 126\n"
+    if directory is not None:
+        script += f"cd -- {shlex.quote(directory)} || exit 126\n"
     if command.argv is not None:
         return (shell, "-c", script + 'exec "$@"', "sandbox", *command.argv)
     return (shell, "-c", script + (command.shell or ""))
 
 
-def _open_stdin(data: bytes) -> BinaryIO:
+def open_stdin(data: bytes) -> BinaryIO:
     """The bytes as a file: a one-shot run needs nobody to feed it."""
     if not data:
         return open(os.devnull, "rb")

@@ -10,9 +10,12 @@ to programs of the same user; its descriptors are close-on-exec. Requests come o
 The engine imports this file for the wire format alone.
 """
 
+import _ctypes
+import _signal  # type: ignore[import-not-found]  # `signal` imports enum, which is slow
 import posix
+import select
 import sys
-from time import monotonic
+from time import clock_gettime, monotonic
 
 RUN, READ, WRITE, CANCEL = 1, 2, 3, 4  # requests
 READY, DONE, DATA, WROTE, FAILED = 16, 17, 18, 19, 20  # replies; all but READY answer one request, once
@@ -31,39 +34,46 @@ _ENOENT, _EFBIG, _EINVAL = 2, 27, 22
 _STDIO_NULL = "/dev/null"
 
 
-def pack(kind, request, *fields):
+def pack(kind: int, request: int, *fields: bytes | int) -> bytes:
     """One frame. Every field is bytes or an int."""
-    body = [kind.to_bytes(1, "little"), request.to_bytes(4, "little")]
+    body: list[bytes] = [kind.to_bytes(1, "little"), request.to_bytes(4, "little")]
     for field in fields:
-        data = b"%d" % field if isinstance(field, int) else field
+        data = field if isinstance(field, bytes) else b"%d" % field
         body += (len(data).to_bytes(4, "little"), data)
     frame = b"".join(body)
     return len(frame).to_bytes(4, "little") + frame
 
 
-def unpack(frame):
+def unpack(frame: bytes) -> tuple[int, int, list[bytes]]:
     """(kind, request, fields) of a frame without its length. Raises ValueError when the fields do not fill it."""
     if len(frame) < HEADER_BYTES:
         raise ValueError("frame shorter than its header")
-    fields, at = [], HEADER_BYTES
+    fields: list[bytes] = []
+    at = HEADER_BYTES
     while at < len(frame):
         size = int.from_bytes(frame[at : at + 4], "little")
         at += 4 + size
         if at > len(frame):
             raise ValueError("field reaches past the end of its frame")
-        fields.append(bytes(frame[at - size : at]))
+        fields.append(frame[at - size : at])
     return frame[0], int.from_bytes(frame[1:5], "little"), fields
+
+
+def c_call(function: str, *arguments: int | bytes) -> int:
+    """Calls the C library without the `ctypes` package, which takes longer to import than Python to start."""
+    address = _ctypes.dlsym(_ctypes.dlopen(None, 0), function)  # type: ignore[arg-type]  # None: this program
+    return int(_ctypes.call_function(address, arguments))
 
 
 class Stream:
     """One output pipe of a command: the first and the last half of what it carries."""
 
-    def __init__(self, fd, keep):
+    def __init__(self, fd: int, keep: int) -> None:
         self.fd, self.dropped = fd, 0
         self.head, self.tail = bytearray(), bytearray()
         self.head_room, self.tail_room = keep // 2, keep - keep // 2
 
-    def take(self, data):
+    def take(self, data: bytes) -> None:
         room = self.head_room - len(self.head)
         if room > 0:
             self.head += data[:room]
@@ -75,67 +85,70 @@ class Stream:
                 del self.tail[:excess]
                 self.dropped += excess
 
-    def value(self):
+    def value(self) -> bytes:
         return bytes(self.head + self.tail)
 
 
 class Job:
     """A running command."""
 
-    def __init__(self, request, pid, streams, stdin_fd, stdin, timeout_s, start_tick, started):
+    def __init__(
+        self,
+        request: int,
+        pid: int,
+        streams: list[Stream],
+        stdin_fd: int | None,
+        stdin: bytes,
+        timeout_s: float,
+        start_tick: int,
+        started: float,
+    ) -> None:
         self.request, self.pid, self.streams = request, pid, streams
         self.stdin_fd, self.stdin = stdin_fd, stdin
         self.start_tick, self.started = start_tick, started
         self.deadline = started + timeout_s
-        self.status = None
+        self.status: int | None = None
         self.timed_out = False
         self.ended = 0.0
 
 
 class Rocklet:
-    def __init__(self, control, limits):
-        import _ctypes
-        import _signal
-        import select
-
+    def __init__(self, control: int, limits: list[tuple[int, int]]) -> None:
         self.control, self.limits = control, limits
-        self.libc = {name: _ctypes.dlsym(_ctypes.dlopen(None, 0), name) for name in ("prctl", "prlimit", "setrlimit")}
-        self.call = _ctypes.call_function
         self.poller = select.poll()
-        self.events_in, self.events_out = select.POLLIN, select.POLLOUT
         self.inbox = bytearray()
         self.outbox = bytearray()
-        self.jobs = {}  # pid -> Job
-        self.readers = {}  # fd -> (Job or None, Stream or None)
-        self.writers = {}  # fd -> Job
-        self.paused = {}  # fd -> when to listen again
+        self.jobs: dict[int, Job] = {}  # by pid
+        self.readers: dict[int, tuple[Job, Stream] | None] = {}  # None: drained for a background process
+        self.writers: dict[int, Job] = {}
+        self.paused: dict[int, float] = {}  # fd -> when to listen again
         self.ticks = posix.sysconf("SC_CLK_TCK")
-        self.harden(_signal)
+        self.harden()
         self.wake, wake_in = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
         _signal.signal(_SIGCHLD, lambda *_: None)
         _signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
-        self.poller.register(control, self.events_in)
-        self.poller.register(self.wake, self.events_in)
+        self.poller.register(control, select.POLLIN)
+        self.poller.register(self.wake, select.POLLIN)
 
-    def harden(self, _signal):
+    def harden(self) -> None:
         _signal.signal(_SIGINT, _signal.SIG_IGN)  # the one signal that Python would let through to process 1
-        if self.call(self.libc["prctl"], (_PR_SET_DUMPABLE, 0, 0, 0, 0)) != 0:
+        if c_call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
             raise OSError("prctl(PR_SET_DUMPABLE) failed")
         for resource, value in self.limits:  # inherited by every command
             pair = value.to_bytes(8, sys.byteorder) * 2
-            if self.call(self.libc["setrlimit"], (resource, pair)) != 0:
-                raise OSError("setrlimit(%d, %d) failed" % (resource, value))
+            if c_call("setrlimit", resource, pair) != 0:
+                raise OSError(f"setrlimit({resource}, {value}) failed")
 
     # -- the loop
 
-    def serve(self):
+    def serve(self) -> None:
         self.send(READY, 0)
         while True:
             for fd, event in self.poller.poll(self.next_wait_ms()):
                 if fd == self.control:
-                    if event & ~self.events_out and not self.receive():
+                    if event & ~select.POLLOUT and not self.receive():
                         return  # the engine has gone; process 1 ends and the kernel ends the rest
-                    if event & self.events_out:
+                    if event & select.POLLOUT:
                         self.flush()
                 elif fd == self.wake:
                     posix.read(self.wake, 4096)
@@ -147,7 +160,7 @@ class Rocklet:
             now = monotonic()
             for fd in [fd for fd, until in self.paused.items() if until <= now]:
                 del self.paused[fd]
-                self.poller.register(fd, self.events_in)
+                self.poller.register(fd, select.POLLIN)
             for job in list(self.jobs.values()):
                 if job.status is None and job.deadline <= now and not job.timed_out:
                     job.timed_out = True
@@ -155,7 +168,7 @@ class Rocklet:
                 if job.status is not None and (not any(self.open_streams(job)) or now >= job.ended + LINGER_S):
                     self.finish(job)
 
-    def next_wait_ms(self):
+    def next_wait_ms(self) -> int | None:
         moments = list(self.paused.values())
         for job in self.jobs.values():
             if job.status is not None:
@@ -166,7 +179,7 @@ class Rocklet:
             return None
         return max(0, int((min(moments) - monotonic()) * 1000) + 1)
 
-    def receive(self):
+    def receive(self) -> bool:
         try:
             data = posix.read(self.control, 1 << 18)
         except BlockingIOError:
@@ -181,7 +194,7 @@ class Rocklet:
             self.answer(kind, request, fields)
         return bool(data)
 
-    def answer(self, kind, request, fields):
+    def answer(self, kind: int, request: int, fields: list[bytes]) -> None:
         try:
             if kind == RUN:
                 self.run(request, fields)
@@ -195,28 +208,28 @@ class Rocklet:
                     if job.request == request and job.status is None:
                         job.deadline = 0.0
         except OSError as error:
-            self.send(FAILED, request, error.errno or _EINVAL, str(error.strerror or error).encode())
+            self.send(FAILED, request, error.errno or _EINVAL, why(error))
 
-    def send(self, kind, request, *fields):
+    def send(self, kind: int, request: int, *fields: bytes | int) -> None:
         self.outbox += pack(kind, request, *fields)
         self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         try:
             while self.outbox:
                 del self.outbox[: posix.write(self.control, self.outbox)]
         except BlockingIOError:
             pass
-        self.poller.modify(self.control, self.events_in | (self.events_out if self.outbox else 0))
+        self.poller.modify(self.control, select.POLLIN | (select.POLLOUT if self.outbox else 0))
 
     # -- commands
 
-    def run(self, request, fields):
+    def run(self, request: int, fields: list[bytes]) -> None:
         timeout_s, cpu_s, keep = float(fields[0]), fields[1], int(fields[2])
         cwd, stdin, count = fields[3], fields[4], int(fields[5])
         argv, environment = fields[6 : 6 + count], fields[6 + count :]
         env = dict(pair.split(b"=", 1) for pair in environment)
-        started, start_tick = monotonic(), int(_boot_time() * self.ticks)
+        started, start_tick = monotonic(), int(clock_gettime(_CLOCK_BOOTTIME) * self.ticks)
         pipes = [posix.pipe2(posix.O_CLOEXEC) for _ in range(3 if stdin else 2)]
         try:
             pid, reason, status = self.spawn(argv, env, cwd, pipes)
@@ -234,19 +247,21 @@ class Rocklet:
             return
         if cpu_s:
             pair = int(cpu_s).to_bytes(8, sys.byteorder) * 2
-            self.call(self.libc["prlimit"], (pid, _RLIMIT_CPU, pair, 0))
+            c_call("prlimit", pid, _RLIMIT_CPU, pair, 0)
         streams = [Stream(out, keep) for out, _ in pipes[:2]]
         job = Job(request, pid, streams, pipes[2][1] if stdin else None, stdin, timeout_s, start_tick, started)
         self.jobs[pid] = job
         for stream in streams:
             self.readers[stream.fd] = (job, stream)
-            self.poller.register(stream.fd, self.events_in)
+            self.poller.register(stream.fd, select.POLLIN)
         if stdin:
-            self.writers[job.stdin_fd] = job
-            self.poller.register(job.stdin_fd, self.events_out)
+            self.writers[pipes[2][1]] = job
+            self.poller.register(pipes[2][1], select.POLLOUT)
             self.feed(job)
 
-    def spawn(self, argv, env, cwd, pipes):
+    def spawn(
+        self, argv: list[bytes], env: dict[bytes, bytes], cwd: bytes, pipes: list[tuple[int, int]]
+    ) -> tuple[int | None, bytes, int]:
         """(pid, b"", 0), or (None, why, exit status of a shell in that case)."""
         actions = [
             (posix.POSIX_SPAWN_DUP2, pipes[2][0], 0)
@@ -258,7 +273,7 @@ class Rocklet:
         try:
             posix.chdir(cwd)
         except OSError as error:
-            return None, b"cannot enter " + cwd + b": " + error.strerror.encode() + b"\n", 126
+            return None, b"cannot enter " + cwd + b": " + why(error) + b"\n", 126
         reason, status = argv[0] + b": command not found\n", 127
         try:
             for program in candidates(argv[0], env):
@@ -269,12 +284,13 @@ class Rocklet:
                     return pid, b"", 0
                 except OSError as error:
                     if error.errno != _ENOENT:
-                        reason, status = program + b": " + error.strerror.encode() + b"\n", 126
+                        reason, status = program + b": " + why(error) + b"\n", 126
         finally:
             posix.chdir("/")  # never keep a directory of the workspace busy
         return None, reason, status
 
-    def feed(self, job):
+    def feed(self, job: Job) -> None:
+        assert job.stdin_fd is not None
         try:
             while job.stdin:
                 job.stdin = job.stdin[posix.write(job.stdin_fd, job.stdin[:CHUNK]) :]
@@ -284,42 +300,43 @@ class Rocklet:
             pass  # the command closed its stdin: what is left is not wanted
         self.close_stdin(job)
 
-    def close_stdin(self, job):
+    def close_stdin(self, job: Job) -> None:
         if job.stdin_fd is not None:
             self.poller.unregister(job.stdin_fd)
             del self.writers[job.stdin_fd]
             posix.close(job.stdin_fd)
             job.stdin_fd = None
 
-    def read_output(self, fd):
-        _, stream = self.readers[fd]
+    def read_output(self, fd: int) -> None:
+        owner = self.readers[fd]
         try:
             data = posix.read(fd, CHUNK)
         except BlockingIOError:
             return
         if not data:
             self.drop_reader(fd)
-        elif stream is not None:
-            stream.take(data)
-            if stream.dropped > FLOOD_BYTES:
-                self.pause(fd)
-        else:
+        elif owner is None:
             self.pause(fd)
+        else:
+            owner[1].take(data)
+            if owner[1].dropped > FLOOD_BYTES:
+                self.pause(fd)
 
-    def pause(self, fd):
+    def pause(self, fd: int) -> None:
         self.poller.unregister(fd)
         self.paused[fd] = monotonic() + FLOOD_PAUSE_S
 
-    def drop_reader(self, fd):
+    def drop_reader(self, fd: int) -> None:
         if self.paused.pop(fd, None) is None:
             self.poller.unregister(fd)
         del self.readers[fd]
         posix.close(fd)
 
-    def open_streams(self, job):
-        return [stream.fd in self.readers and self.readers[stream.fd][0] is job for stream in job.streams]
+    def open_streams(self, job: Job) -> list[bool]:
+        owners = [self.readers.get(stream.fd) for stream in job.streams]
+        return [owner is not None and owner[0] is job for owner in owners]
 
-    def reap(self):
+    def reap(self) -> None:
         while True:
             try:
                 pid, status = posix.waitpid(-1, posix.WNOHANG)
@@ -331,17 +348,18 @@ class Rocklet:
             if job is not None:
                 job.status, job.ended = posix.waitstatus_to_exitcode(status), monotonic()
 
-    def finish(self, job):
+    def finish(self, job: Job) -> None:
         del self.jobs[job.pid]
         self.close_stdin(job)
-        for stream, is_open in zip(job.streams, self.open_streams(job)):  # noqa: B905: both have two
+        for stream, is_open in zip(job.streams, self.open_streams(job), strict=True):
             if is_open:  # a background process holds it
-                self.readers[stream.fd] = (None, None)
-        left = [fd for fd, (owner, _) in self.readers.items() if owner is None]
+                self.readers[stream.fd] = None
+        left = [fd for fd, owner in self.readers.items() if owner is None]
         for fd in left[:-DRAINED_PIPES]:
             self.drop_reader(fd)
         out, err = job.streams
         took_us = int((job.ended - job.started) * 1e6)
+        assert job.status is not None
         self.send(
             DONE,
             job.request,
@@ -354,13 +372,13 @@ class Rocklet:
             err.dropped,
         )
 
-    def kill_tree(self, job):
+    def kill_tree(self, job: Job) -> None:
         """Kills the command and whatever it started, however it hid: its own session, orphans, new sessions.
 
         A process belongs to the command when its line of parents ends at the command, or at an orphan that is younger
         than the command and not another command. What earlier commands left running is spared.
         """
-        kill(posix.killpg, job.pid)
+        kill(-job.pid)
         for _ in range(KILL_ROUNDS):
             self.reap()
             table = process_table()
@@ -368,10 +386,10 @@ class Rocklet:
             if not victims:
                 return
             for pid in victims:
-                kill(posix.kill, pid)
-        kill(posix.kill, -1)
+                kill(pid)
+        kill(-1)
 
-    def belongs(self, pid, table, job):
+    def belongs(self, pid: int, table: dict[int, tuple[int, int]], job: Job) -> bool:
         top = pid
         for _ in table:  # bounded: a pid that is reused while the table is read could close a circle
             if table[top][0] not in table:
@@ -382,22 +400,26 @@ class Rocklet:
         return top not in self.jobs and table[top][1] >= job.start_tick
 
 
-def candidates(name, env):
+def why(error: OSError) -> bytes:
+    return str(error.strerror or error).encode()
+
+
+def candidates(name: bytes, env: dict[bytes, bytes]) -> list[bytes]:
     if b"/" in name:
         return [name]
     return [folder + b"/" + name for folder in env.get(b"PATH", b"").split(b":") if folder]
 
 
-def kill(how, pid):
-    try:
-        how(pid, _SIGKILL)
+def kill(pid: int) -> None:
+    try:  # noqa: SIM105 (contextlib is a slow import)
+        posix.kill(pid, _SIGKILL)
     except ProcessLookupError:
         pass
 
 
-def process_table():
+def process_table() -> dict[int, tuple[int, int]]:
     """pid -> (parent, start in clock ticks since boot) of every living process but this one."""
-    table = {}
+    table: dict[int, tuple[int, int]] = {}
     for name in posix.listdir("/proc"):
         if not name.isdigit() or name == "1":
             continue
@@ -416,18 +438,12 @@ def process_table():
     return table
 
 
-def _boot_time():
-    from time import clock_gettime
-
-    return clock_gettime(_CLOCK_BOOTTIME)
-
-
-def regular(fd):
+def regular(fd: int) -> None:
     if posix.fstat(fd).st_mode & 0o170000 != 0o100000:
         raise OSError(_EINVAL, "not a regular file")
 
 
-def read_file(path, max_bytes):
+def read_file(path: bytes, max_bytes: int) -> bytes:
     fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOCTTY)
     try:
         regular(fd)
@@ -437,15 +453,15 @@ def read_file(path, max_bytes):
             if not chunk:
                 return bytes(data)
             data += chunk
-        raise OSError(_EFBIG, "larger than %d bytes" % max_bytes)
+        raise OSError(_EFBIG, f"larger than {max_bytes} bytes")
     finally:
         posix.close(fd)
 
 
-def write_file(path, mode, data):
+def write_file(path: bytes, mode: int, data: bytes) -> None:
     at = path.find(b"/", 1)
     while at > 0:
-        try:
+        try:  # noqa: SIM105
             posix.mkdir(path[:at], 0o755)
         except OSError:
             pass  # there already, or the open below says why it cannot be
@@ -463,12 +479,12 @@ def write_file(path, mode, data):
         posix.close(fd)
 
 
-def main():
+def main() -> None:
     control = posix.dup(0)  # close-on-exec, like everything that Python opens
     posix.dup2(posix.open(_STDIO_NULL, posix.O_RDONLY), 0)
     posix.set_blocking(control, False)
-    limits = [tuple(int(number) for number in pair.split("=")) for pair in sys.argv[1:]]
-    Rocklet(control, limits).serve()
+    pairs = [argument.split("=") for argument in sys.argv[1:]]
+    Rocklet(control, [(int(number), int(value)) for number, value in pairs]).serve()
 
 
 if __name__ == "__main__":
