@@ -120,7 +120,7 @@ def signature_of(source: str) -> str:
 
 
 def copy_tree(source: Path, target: Path, owner: Owner | None) -> None:
-    """Copies a tree over what is there: symbolic links as they are, times kept, no set-id bits, readable by its owner."""
+    """Copies a tree over what is there: links as links, times kept, no set-id bits, all readable by the owner."""
     info = source.lstat()
     if stat.S_ISLNK(info.st_mode):
         target.unlink(missing_ok=True)

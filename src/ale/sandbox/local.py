@@ -189,7 +189,7 @@ async def open_local(*, state_dir: Path | None = None, bwrap: Path | None = None
     Raises SandboxUnavailable, with the cure, when this machine does not let it isolate processes.
     """
     parent = state_dir or default_parent()
-    binary: Path = bwrap or await asyncio.to_thread(find_bwrap)
+    binary = bwrap if bwrap is not None else await asyncio.to_thread(find_bwrap)
     await asyncio.to_thread(sweep, parent)
     user = sandbox_user()
     stack = AsyncExitStack()

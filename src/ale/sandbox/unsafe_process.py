@@ -168,14 +168,14 @@ class UnsafeSandbox:
         self._check()
         if not 0 <= max_bytes <= MAX_FILE_BYTES:
             raise ValueError(f"max_bytes must be in 0..{MAX_FILE_BYTES}, got {max_bytes}")
-        with naming(path):
+        with naming(os.path.join(self._spec.workdir, path)):
             return await asyncio.to_thread(read_file, os.fsencode(self._inside(path)), max_bytes)
 
     async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         self._check()
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"write_file takes at most {MAX_FILE_BYTES} bytes, got {len(data)}")
-        with naming(path):
+        with naming(os.path.join(self._spec.workdir, path)):
             await asyncio.to_thread(write_file, os.fsencode(self._inside(path)), mode & 0o777, data)
 
     async def snapshot(self) -> UnsafeSnapshot:
@@ -297,7 +297,7 @@ class UnsafeProcessEngine:
 
 
 class naming:
-    """Puts the path as the caller wrote it into the OSError of a file operation."""
+    """Puts the path as the sandbox has it into the OSError of a file operation."""
 
     def __init__(self, path: str) -> None:
         self._path = path
