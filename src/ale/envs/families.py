@@ -23,7 +23,7 @@ WORDS = (
     "sun moon star sky rain snow hail wind lake pond reef bay hill cave dune rock sand clay "
     "ruby jade opal gold iron zinc lead corn rice bean pear plum lime kiwi leek beet kale "
     "drum harp horn lute gong bell song tune vest coat boot sock glove hat belt ring"
-).split()
+).split()  # noqa: SIM905 (a list of a hundred quoted words is no easier to read)
 EXTENSIONS = ("txt", "md", "log", "csv", "cfg", "dat", "bak", "old")
 LEVELS = ("ERROR", "WARN", "INFO")
 TYPOS = (("ecoh", "echo"), ("eho", "echo"), ("pritnf", "printf"), ("prnt", "printf"))
@@ -120,7 +120,8 @@ def fix(d: Draft) -> str:
     d.text(path, f"{wrong} {word}")
     d.steps += [f"cat {path}", f"sed -i s/{wrong}/{right}/ {path}"]
     # The script is the agent's: it runs unable to write files, so that it cannot write the reward.
-    d.checks.append(f'[ -f {path} ] && [ "$(ulimit -f 0; timeout 5 bash {path} </dev/null 2>&1 | head -c 99)" = {word} ]')
+    printed = f"$(ulimit -f 0; timeout 5 bash {path} </dev/null 2>&1 | head -c 99)"
+    d.checks.append(f'[ -f {path} ] && [ "{printed}" = {word} ]')
     return f"The script {where} fails. Fix it so that it prints {word}."
 
 
@@ -225,11 +226,12 @@ def make(family: str, seed: int, split: Split = "train") -> Task:
     draft = Draft(rng=rng, names=rng.sample(WORDS, len(WORDS)))
     instruction = (TRAINED | UNSEEN)[family](draft)
     condition = " &&\n   ".join(f"{{ {check}; }}" for check in draft.checks)
+    files = {path.removeprefix("./"): data for path, data in draft.files.items()}
     script = f"{_CHECKS}if {condition}\nthen reward=1; else reward=0; fi\necho $reward > {REWARD_FILE}\n"
     return Task(
         id=f"{family}-{seed}",
         instruction=instruction,
-        files=tuple(TaskFile(path, data) for path, data in sorted(draft.files.items())),
+        files=tuple(TaskFile(path, data) for path, data in sorted(files.items())),
         tests=(TaskFile("test.sh", script.encode(), 0o755),),
         solution=tuple(draft.steps),
         family=family,
