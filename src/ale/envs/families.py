@@ -17,13 +17,13 @@ import msgspec
 from ale.envs.task import REWARD_FILE, Split, Task, TaskFile
 
 # Three- to five-letter nouns, so that a small tokenizer can hold each as one token.
-WORDS = (
+WORDS = (  # noqa: SIM905  (a hundred quoted words are no easier to read)
     "oak elm fir ash yew fox owl bee ant cat dog hen cow pig ram bat cod eel fly jay "
     "cup pan pot jar lid mug tin box bag net map pen ink key pin nut bolt gear wire coil "
     "sun moon star sky rain snow hail wind lake pond reef bay hill cave dune rock sand clay "
     "ruby jade opal gold iron zinc lead corn rice bean pear plum lime kiwi leek beet kale "
     "drum harp horn lute gong bell song tune vest coat boot sock glove hat belt ring"
-).split()  # noqa: SIM905 (a list of a hundred quoted words is no easier to read)
+).split()
 EXTENSIONS = ("txt", "md", "log", "csv", "cfg", "dat", "bak", "old")
 LEVELS = ("ERROR", "WARN", "INFO")
 TYPOS = (("ecoh", "echo"), ("eho", "echo"), ("pritnf", "printf"), ("prnt", "printf"))

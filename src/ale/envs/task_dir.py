@@ -287,23 +287,16 @@ def _check(task: Task) -> None:
         if command != command.strip() or len(command.splitlines()) != 1 or command.startswith("#"):
             raise TaskFormatError(f"The solution of {task.id} holds {command!r}, which is not one command on one line.")
     for kind, files in (("environment", task.files), ("tests", task.tests)):
-        folders = {folder for file in files for folder in PurePosixPath(file.path).parents}
-        if len({file.path for file in files} - {str(folder) for folder in folders}) != len(files):
-            raise TaskFormatError(f"The {kind} of {task.id} hold one path twice, or as both a file and a directory.")
         for file in files:
             path = PurePosixPath(file.path)
-            if (
-                str(path) != file.path
-                or path.is_absolute()
-                or not path.parts
-                or ".." in path.parts
-                or "\0" in file.path
-            ):
-                raise TaskFormatError(
-                    f"The {kind} of {task.id} hold the path {file.path!r}, which leaves the directory."
-                )
+            plain = str(path) == file.path and path.parts and not path.is_absolute() and ".." not in path.parts
+            if not plain or "\0" in file.path:
+                raise TaskFormatError(f"The {kind} of {task.id} hold {file.path!r}, no plain path below the directory.")
             if len(file.data) > MAX_FILE_BYTES:
                 raise TaskFormatError(f"{task.id}: {file.path} is larger than {MAX_FILE_BYTES >> 20} MiB. Split it.")
+        folders = {str(folder) for file in files for folder in PurePosixPath(file.path).parents}
+        if len({file.path for file in files} - folders) != len(files):
+            raise TaskFormatError(f"The {kind} of {task.id} hold one path twice, or as both a file and a directory.")
     if all(file.path != "test.sh" for file in task.tests):
         raise TaskFormatError(f"The task {task.id} has no test.sh among its tests, so nothing can score it.")
 
