@@ -11,10 +11,13 @@ import io
 import random
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import msgspec
 
+from ale.config import TasksConfig
 from ale.envs.task import REWARD_FILE, Split, Task, TaskFile
+from ale.errors import UserError
 
 # Three- to five-letter nouns, so that a small tokenizer can hold each as one token.
 WORDS = (  # noqa: SIM905  (a hundred quoted words are no easier to read)
@@ -239,6 +242,24 @@ def make(family: str, seed: int, split: Split = "train") -> Task:
         seed=seed,
         split=split,
     )
+
+
+def generate(family: str, count: int, seed: int, split: Split = "train") -> list[Task]:
+    """`count` tasks of one family, seeds from `seed` on, or of "all" that belong to `split`.
+
+    Of "all", "heldout" and "families" give exactly what a run with this `tasks.seed` holds out; "train" gives what no
+    such run of the default sizes holds out. Raises `UserError` for a family that does not exist.
+    """
+    if family != "all":
+        if family not in TRAINED | UNSEEN:
+            raise UserError(f"There is no family {family!r}; there are: all, {', '.join(TRAINED | UNSEEN)}.")
+        return [make(family, number, split) for number in range(seed, seed + count)]
+    if split == "heldout":
+        return list(make_splits(count, 0, seed).heldout)
+    if split == "families":
+        return list(make_splits(0, count, seed).families)
+    sizes = TasksConfig()
+    return list(islice(make_splits(sizes.heldout, sizes.families, seed).train(seed), count))
 
 
 class Splits(msgspec.Struct, frozen=True):
