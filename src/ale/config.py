@@ -94,6 +94,8 @@ class AlgorithmConfig(_Section, frozen=True):
 
 
 class LearnerConfig(_Section, frozen=True):
+    """One update makes `epochs` optimizer steps on its batch."""
+
     updates: int = 100
     learning_rate: float = 1e-3
     warmup_steps: int = 5
@@ -101,6 +103,7 @@ class LearnerConfig(_Section, frozen=True):
     beta2: float = 0.95
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    epochs: int = 1
     micro_tokens: int = 8192
     router_loss: float = 0.001
     checkpoint_every: int = 0
@@ -140,7 +143,7 @@ class RunConfig(_Section, frozen=True):
         _positive(self.rollout, "rollout", "group_size", "groups_per_step", "concurrency")
         _positive(self.agent, "agent", "max_turns", "max_turn_tokens", "max_context_tokens", "command_timeout_s")
         _positive(self.model, "model", "threads")
-        _positive(self.learner, "learner", "max_grad_norm", "micro_tokens", "step_deadline_s")
+        _positive(self.learner, "learner", "max_grad_norm", "epochs", "micro_tokens", "step_deadline_s")
         for value, name in (
             (self.rollout.max_lag, "rollout.max_lag"),
             (self.learner.updates, "learner.updates"),

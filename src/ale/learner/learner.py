@@ -35,7 +35,8 @@ TRUTH_TOLERANCE = 1e-3
 
 
 class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What an update does. `temperature` is the one the samples were drawn at."""
+    """What an update does. `temperature` is the one the samples were drawn at; `epochs` how many optimizer steps one
+    batch is good for (from the second on, the ratio to pi_old is what keeps them honest)."""
 
     learning_rate: float = 1e-3
     warmup_steps: int = 0
@@ -46,6 +47,7 @@ class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
     micro_tokens: int = 8192
     router_loss: float = 0.001
     temperature: float = 1.0
+    epochs: int = 1
     pi_old: PolicyOld = "snapshot"
 
 
@@ -90,7 +92,7 @@ class Learner:
             Batch(Layout.of([_segments(demonstrations[i].chunks, 1.0, supervised=True) for i in batch.index]))
             for batch in batches
         ]
-        return self._update(self._supervised, batches, parts, learning_rate, 1.0)
+        return self._publish(self._update(self._supervised, batches, parts, learning_rate, 1.0))
 
     def learn(self, samples: Sequence[Sample]) -> StepMetrics:
         """One policy update. Samples whose log-probabilities are not finite are left out, with the reason."""
@@ -119,14 +121,15 @@ class Learner:
                 )
             )
         try:
-            metrics = self._update(self.objective, batches, parts, self._learning_rate(), self.settings.temperature)
+            for _ in range(self.settings.epochs):
+                metrics = self._update(self.objective, batches, parts, self._learning_rate(), self.settings.temperature)
         except _LogpNotFinite as error:
             # Z counted them: the update starts again without them. Each such round leaves fewer.
             broken = {kept[i].trajectory.id: str(Reason.LOGP_NOT_FINITE) for i in error.index}
             metrics = self.learn([s for s in kept if s.trajectory.id not in broken])
             return msgspec.structs.replace(metrics, dropped=dropped | broken | metrics.dropped)
         values = metrics.values | truth | {"pi_old_s": old_s}
-        return msgspec.structs.replace(metrics, values=values, dropped=dropped)
+        return self._publish(msgspec.structs.replace(metrics, values=values, dropped=dropped))
 
     def save(self, path: Path) -> None:
         """A Hugging Face directory that any tool can load."""
@@ -159,7 +162,7 @@ class Learner:
                 loss = loss + self.settings.router_loss * share * router
                 router_total += float(router.detach()) * share
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(result.loss)
+            total += float(result.loss.detach())
             seen = result.statistics()
             statistics = seen if statistics is None else statistics + seen
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm))
@@ -168,8 +171,6 @@ class Learner:
             raise LearnerError(f"the gradient norm of update {self.version + 1} is {norm}: no weight was changed")
         self.optimizer.step()
         self._steps += 1
-        self.version += 1
-        self.slot = self.ring.publish(self.version, self.model)
         values = {
             "update_s": time.perf_counter() - started,
             "tokens": float(tokens),
@@ -188,6 +189,12 @@ class Learner:
                 "ratio_p95": statistics.ratio_quantile(0.95),
             }
         return StepMetrics(version=self.version, slot=self.slot, loss=total, grad_norm=norm, values=values)
+
+    def _publish(self, metrics: StepMetrics) -> StepMetrics:
+        """Makes the weights a new version for the engines to sample from."""
+        self.version += 1
+        self.slot = self.ring.publish(self.version, self.model)
+        return msgspec.structs.replace(metrics, version=self.version, slot=self.slot)
 
     def _pi_old(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """log pi_old [A] of each trajectory by id, and how well it agrees with what the sampler recorded."""

@@ -72,6 +72,7 @@ def _open(settings: OpenLearner) -> Learner:
             micro_tokens=c.micro_tokens,
             router_loss=c.router_loss,
             temperature=settings.temperature,
+            epochs=c.epochs,
             pi_old=settings.algorithm.pi_old,
         ),
     )
