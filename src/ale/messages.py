@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from ale.config import AlgorithmConfig, LearnerConfig
 from ale.envs.task import Task
 from ale.wire import Array, Message, Request
 
@@ -155,6 +156,32 @@ class Group(Message, frozen=True):
         return min(t.oldest_version for t in self.trajectories)
 
 
+class GroupStarted(Message, frozen=True):
+    """`GroupStarted(group="g3")`: the buffer learns the order in which groups begin."""
+
+    group: str
+
+
+class GroupEnded(Message, frozen=True):
+    """`GroupEnded(group="g3", reason="zero_advantage")`: it will not be trained on."""
+
+    group: str
+    reason: str
+
+
+class Batch(Message, frozen=True):
+    """`Batch(groups=(Group(...),))`: what one update is made of."""
+
+    groups: tuple[Group, ...]
+
+
+class TakeBatch(Request[Batch], frozen=True):
+    """`TakeBatch(version=4, groups=8)`: wait for 8 groups fresh enough to train version 4 on."""
+
+    version: int
+    groups: int
+
+
 class Rollout(Request[Trajectory], frozen=True):
     """`Rollout(id="g3/1", group="g3", task=Task(...), sampling=Sampling(seed=31))`: run one episode to its score."""
 
@@ -226,3 +253,56 @@ class SaveCheckpoint(Request[None], frozen=True):
     """`SaveCheckpoint(path="runs/a/checkpoints/4")`: a Hugging Face directory with model and tokenizer."""
 
     path: str
+
+
+# Opening the two processes that compute
+
+
+class Opened(Message, frozen=True):
+    """`Opened(version=0, slot=0)`: the process has loaded its model; what it will sample from or has published."""
+
+    version: int
+    slot: int
+
+
+class OpenEngine(Request[Opened], frozen=True):
+    """`OpenEngine(model="runs/a/model", weights_fd=7, slots=3, threads=1, rows=64)`. `weights_fd` None: no learner."""
+
+    model: str
+    weights_fd: int | None
+    slots: int
+    threads: int
+    rows: int
+
+
+class OpenLearner(Request[Opened], frozen=True):
+    """`OpenLearner(model="runs/a/model", weights_fd=7, slots=3, threads=1, algorithm=..., learner=..., temperature=1)`."""
+
+    model: str
+    weights_fd: int
+    slots: int
+    threads: int
+    algorithm: AlgorithmConfig
+    learner: LearnerConfig
+    temperature: float
+
+
+class StartPolicyOptimization(Request[None], frozen=True):
+    """`StartPolicyOptimization()`: the warm start is over; the optimizer starts afresh."""
+
+
+class EngineStatistics(Message, frozen=True):
+    """`EngineStatistics(version=3, running=12, ...)`: the engine's counters since it was opened, in tokens."""
+
+    version: int
+    running: int
+    waiting: int
+    parked: int
+    generated_tokens: int
+    prefilled_tokens: int
+    reused_tokens: int
+    recomputed_tokens: int
+
+
+class GetStatistics(Request[EngineStatistics], frozen=True):
+    """`GetStatistics()`"""

@@ -14,14 +14,13 @@ import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ale.errors import PolicyError
-from ale.messages import Finish, Generate, Sampling, Turn
+from ale.messages import EngineStatistics, Finish, Generate, Sampling, Turn
 from ale.models.load import hidden_states
 from ale.policy.kv_cache import KVRows, RowsCache
 from ale.policy.sampler import sample, uniform
@@ -63,17 +62,6 @@ class _Sequence:
 class _Parked:
     tokens: list[int]  # those whose keys and values are in `cache`
     cache: Tensor
-
-
-class EngineStatistics(msgspec.Struct, frozen=True):
-    version: int
-    running: int
-    waiting: int
-    parked: int
-    generated_tokens: int
-    prefilled_tokens: int
-    reused_tokens: int
-    recomputed_tokens: int
 
 
 class Engine:
@@ -131,14 +119,14 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
-            self.version,
-            len(self._running),
-            len(self._waiting),
-            len(self._parked),
-            self._generated,
-            self._prefilled,
-            self._reused,
-            self._recomputed,
+            version=self.version,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            parked=len(self._parked),
+            generated_tokens=self._generated,
+            prefilled_tokens=self._prefilled,
+            reused_tokens=self._reused,
+            recomputed_tokens=self._recomputed,
         )
 
     @torch.inference_mode()

@@ -1,0 +1,62 @@
+"""Sandboxes: where what a model writes is run. `open_engine` is the way in; `port.py` says what it gives.
+
+`import ale.sandbox` is light: a backend is imported when it is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal, assert_never
+
+from ale.sandbox.port import (
+    Command,
+    Completed,
+    EngineStatistics,
+    Limits,
+    Mount,
+    Sandbox,
+    SandboxEngine,
+    SandboxSpec,
+    SandboxStatistics,
+    Snapshot,
+)
+
+__all__ = [
+    "Command",
+    "Completed",
+    "EngineStatistics",
+    "Limits",
+    "Mount",
+    "Sandbox",
+    "SandboxEngine",
+    "SandboxSpec",
+    "SandboxStatistics",
+    "Snapshot",
+    "open_engine",
+]
+
+Kind = Literal["local", "unsafe-process"]
+
+
+@asynccontextmanager
+async def open_engine(kind: Kind = "local", *, state_dir: Path | None = None) -> AsyncIterator[SandboxEngine]:
+    """Opens a sandbox engine. When it closes, nothing that it made is left.
+
+    `state_dir`: where workspaces are kept while they live (default: shared memory where it serves, else the temporary
+    directory). Raises SandboxUnavailable, with the cure, when this machine cannot isolate processes.
+    """
+    match kind:
+        case "local":
+            from ale.sandbox.local import open_local
+
+            async with open_local(state_dir=state_dir) as local:
+                yield local
+        case "unsafe-process":
+            from ale.sandbox.unsafe_process import open_unsafe_process
+
+            async with open_unsafe_process(state_dir=state_dir) as unsafe:
+                yield unsafe
+        case _:
+            assert_never(kind)

@@ -1,0 +1,34 @@
+"""The environment manager: runs episodes, up to `concurrency` at once. A failed episode is a trajectory with a cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ale.actor import Actor
+from ale.agent.chat import Chat
+from ale.agent.episode import run_episode
+from ale.config import AgentConfig
+from ale.envs.env import Env
+from ale.envs.task import Task
+from ale.messages import Rollout, Trajectory
+from ale.policy.port import Policy
+from ale.wire import Message
+
+
+class EnvManager(Actor):
+    def __init__(
+        self, policy: Policy, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig, *, concurrency: int
+    ) -> None:
+        super().__init__("envs", capacity=4 * concurrency, concurrency=concurrency)
+        self._policy = policy
+        self._make_env = make_env
+        self._chat = chat
+        self._limits = limits
+
+    async def receive(self, message: Message) -> Trajectory | None:
+        match message:
+            case Rollout():
+                return await run_episode(message, self._policy, self._make_env, self._chat, self._limits)
+            case _:
+                await super().receive(message)
+        return None

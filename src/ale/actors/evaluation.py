@@ -1,0 +1,57 @@
+"""Evaluation: every task once, at the evaluation's own temperature, and the share that was solved with its interval."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable, Sequence
+
+from ale.bus import Bus
+from ale.config import RunConfig
+from ale.envs.task import Task
+from ale.messages import Rollout, Sampling, Trajectory
+from ale.progress import Rate
+
+# An episode whose sandbox or tests failed says nothing about the policy: it is run again, this often.
+_ATTEMPTS = 3
+
+
+async def evaluate_tasks(
+    bus: Bus, config: RunConfig, tasks: Sequence[Task], name: str, done: Callable[[int], None] = lambda n: None
+) -> list[Trajectory]:
+    """One trajectory for each task, in their order. `done` hears how many have finished."""
+    finished = 0
+
+    async def one(task: Task) -> Trajectory:
+        nonlocal finished
+        sampling = Sampling(temperature=config.eval.temperature, seed=zlib.crc32(task.id.encode()) << 8)
+        for attempt in range(_ATTEMPTS):
+            rollout = Rollout(id=f"{name}/{task.id}/{attempt}", group=name, task=task, sampling=sampling)
+            deadline_s = config.agent.episode_timeout_s * (1 + len(tasks) / config.rollout.concurrency)
+            trajectory = await bus.ask("envs", rollout, deadline_s=deadline_s)
+            if trajectory.status not in ("sandbox_failure", "policy_failure", "evaluator_error"):
+                break
+        finished += 1
+        done(finished)
+        return trajectory
+
+    # The environment manager bounds how many run; this bounds how many wait in its inbox.
+    room = asyncio.Semaphore(2 * config.rollout.concurrency)
+
+    async def bounded(task: Task) -> Trajectory:
+        async with room:
+            return await one(task)
+
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(bounded(task), name=f"evaluate {task.id}") for task in tasks]
+    return [task.result() for task in running]
+
+
+def rate(trajectories: Sequence[Trajectory]) -> Rate:
+    """The share with a positive reward and its 95% Wilson interval."""
+    from scipy.stats import binomtest
+
+    solved = sum((t.reward or 0.0) > 0 for t in trajectories)
+    interval = binomtest(solved, len(trajectories)).proportion_ci(method="wilson")
+    low, high = float(interval.low), float(interval.high)
+    return Rate(success=solved / len(trajectories), ci95=(low, high), n=len(trajectories))

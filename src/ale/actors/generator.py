@@ -1,0 +1,114 @@
+"""The rollout generator: keeps every slot filled with a group of rollouts of one task.
+
+A rollout whose reward cannot be trusted is replaced at once by a new one from the same start state with the current
+policy, so a group never comes up short; a group without a gradient is dropped and its slot goes to the next task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+
+from ale.actor import Actor
+from ale.actors.ledger import Ledger
+from ale.actors.slots import Slots
+from ale.algorithm.filters import Reason, group_reason, logp_reason
+from ale.config import RunConfig
+from ale.envs.task import Task
+from ale.messages import Group, GroupEnded, GroupStarted, Rollout, Sampling, Trajectory
+
+logger = logging.getLogger(__name__)
+
+_TELL_DEADLINE_S = 600.0
+# More replacements than this for one group, times its size, mean that the task itself is broken.
+_REPLACEMENTS = 2
+
+
+class Generator(Actor):
+    """`tasks` may end: then the generator ends, and with it the data."""
+
+    def __init__(self, config: RunConfig, tasks: Iterator[Task], slots: Slots, ledger: Ledger) -> None:
+        super().__init__("generator", capacity=1)
+        self._config = config
+        self._tasks = tasks
+        self._slots = slots
+        self._ledger = ledger
+        self._groups = 0
+        self._rollouts = 0
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                async with self.bus.waiting("a free slot: given back when an update is live"):
+                    await self._slots.wait()
+                task = next(self._tasks, None)
+                if task is None:
+                    return
+                self._groups += 1
+                name = f"g{self._groups}"
+                self._slots.take(name)
+                await self.bus.tell("buffer", GroupStarted(group=name), deadline_s=_TELL_DEADLINE_S)
+                group.create_task(self._group(name, task), name=f"group {name}")
+
+    async def _group(self, name: str, task: Task) -> None:
+        members = await self._members(name, task)
+        reason = (
+            Reason.GROUP_TOO_SMALL
+            if members is None
+            else group_reason([t.reward or 0.0 for t in members], self._config.algorithm.baseline)
+        )
+        if members is not None and reason is None:
+            self._ledger.buffer(t.id for t in members)
+            group = Group(id=name, task=task.id, trajectories=tuple(members))
+            await self.bus.tell("buffer", group, deadline_s=_TELL_DEADLINE_S)
+            return
+        for t in members or ():
+            self._ledger.drop(t.id, str(reason), t.action_tokens)
+        await self.bus.tell("buffer", GroupEnded(group=name, reason=str(reason)), deadline_s=_TELL_DEADLINE_S)
+        self._slots.give_back(name)
+
+    async def _members(self, name: str, task: Task) -> list[Trajectory] | None:
+        """The scored rollouts of a group; None, with everything dropped, when the task keeps failing."""
+        size = self._config.rollout.group_size
+        attempts = size * (1 + _REPLACEMENTS)
+        members: list[Trajectory] = []
+        async with asyncio.TaskGroup() as rollouts:
+            running = {rollouts.create_task(self._rollout(name, i, task)) for i in range(size)}
+            started = size
+            while running:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for finished in done:
+                    trajectory = finished.result()
+                    if trajectory is not None:
+                        members.append(trajectory)
+                    elif started < attempts:
+                        running.add(rollouts.create_task(self._rollout(name, started, task)))
+                        started += 1
+        if len(members) == size:
+            return members
+        logger.warning("group %s: task %s failed %d times; the group is dropped", name, task.id, attempts - len(members))
+        for t in members:
+            self._ledger.drop(t.id, str(Reason.GROUP_TOO_SMALL), t.action_tokens)
+        return None
+
+    async def _rollout(self, group: str, member: int, task: Task) -> Trajectory | None:
+        """One scored rollout, or None when it had to be dropped."""
+        c = self._config.rollout
+        self._rollouts += 1
+        id_ = f"{group}/{member}"
+        # Turns count up from the rollout's seed: seeds of different rollouts lie far apart.
+        seed = (self._config.seed << 40) + (self._rollouts << 10)
+        sampling = Sampling(temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=seed)
+        rollout = Rollout(id=id_, group=group, task=task, sampling=sampling)
+        self._ledger.start(id_)
+        deadline_s = self._config.agent.episode_timeout_s + _TELL_DEADLINE_S
+        trajectory = await self.bus.ask("envs", rollout, deadline_s=deadline_s)
+        reason: str | None = None if trajectory.status == "scored" else trajectory.status
+        if reason is None:
+            reason = logp_reason(None, trajectory.logp_A.numpy(), trajectory.logp_sampled_A.numpy())
+        if reason is None:
+            return trajectory
+        logger.info("rollout %s of %s is dropped: %s (%s)", id_, task.id, reason, trajectory.cause)
+        self._ledger.drop(id_, reason, trajectory.action_tokens)
+        return None

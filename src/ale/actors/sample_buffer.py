@@ -1,0 +1,84 @@
+"""The sample buffer: finished groups wait here until the trainer takes a batch, and staleness is enforced here.
+
+At the moment a batch is taken, `version being trained - oldest version in the sample <= max_lag` holds for every
+trajectory in it. What is older is discarded and its slot given back ("discard"), or cannot become older because groups
+are taken in the order in which they started ("wait"): with `groups_per_step * (max_lag + 1)` slots, a group is taken at
+the latest `max_lag` updates after it began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Literal
+
+from ale.actor import Actor
+from ale.actors.ledger import Ledger
+from ale.actors.slots import Slots
+from ale.algorithm.filters import Reason, stale_reason
+from ale.messages import Batch, Group, GroupEnded, GroupStarted, TakeBatch
+from ale.wire import Message
+
+logger = logging.getLogger(__name__)
+
+
+class SampleBuffer(Actor):
+    """Groups arrive while a batch is being waited for, hence a concurrency of 2."""
+
+    def __init__(
+        self, slots: Slots, ledger: Ledger, *, max_lag: int, on_stale: Literal["discard", "wait"] = "discard"
+    ) -> None:
+        super().__init__("buffer", capacity=4 * slots.total, concurrency=2)
+        self._slots = slots
+        self._ledger = ledger
+        self._max_lag = max_lag
+        self._on_stale = on_stale
+        # In order of start; None: still running.
+        self._groups: dict[str, Group | None] = {}
+        self._changed = asyncio.Event()
+
+    async def receive(self, message: Message) -> Batch | None:
+        match message:
+            case GroupStarted(group=name):
+                self._groups[name] = None
+            case Group(id=name):
+                self._groups[name] = message
+                self._changed.set()
+            case GroupEnded(group=name):
+                del self._groups[name]
+                self._changed.set()
+            case TakeBatch(version=version, groups=wanted):
+                return await self._take(version, wanted)
+            case _:
+                await super().receive(message)
+        return None
+
+    async def _take(self, version: int, wanted: int) -> Batch:
+        while True:
+            self._changed.clear()
+            self._discard_stale(version)
+            ready = self._ready(wanted)
+            if len(ready) >= wanted:
+                break
+            async with self.bus.waiting(f"{wanted} groups to train version {version} on"):
+                await self._changed.wait()
+        groups = tuple(self._groups.pop(g.id) for g in ready)
+        return Batch(groups=tuple(g for g in groups if g is not None))
+
+    def _ready(self, wanted: int) -> list[Group]:
+        if self._on_stale == "wait":
+            first = list(self._groups.values())[:wanted]
+            return [g for g in first if g is not None]
+        return [g for g in self._groups.values() if g is not None][:wanted]
+
+    def _discard_stale(self, version: int) -> None:
+        for name, group in list(self._groups.items()):
+            if group is None or stale_reason(version, group.oldest_version, self._max_lag) is None:
+                continue
+            if self._on_stale == "wait":
+                raise AssertionError(f"group {name} is older than {self._max_lag} updates although taken in order")
+            logger.info("group %s is too old: version %d, training %d", name, group.oldest_version, version)
+            for t in group.trajectories:
+                self._ledger.drop(t.id, str(Reason.STALE), t.action_tokens)
+            del self._groups[name]
+            self._slots.give_back(name)

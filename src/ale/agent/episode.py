@@ -1,0 +1,176 @@
+"""The agent loop: one episode from its instruction to its score, with everything that was sampled on record.
+
+    instruction -> [ policy turn -> parse -> environment step -> observation ] ... -> answer or limit -> score
+
+A chunk is one policy turn: it ends with a call, a malformed call, the final answer, or is cut at its token limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from ale.agent.actions import Answer, Call, Malformed, parse, render
+from ale.agent.chat import Chat
+from ale.config import AgentConfig
+from ale.envs.env import Env
+from ale.envs.task import Task
+from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, WorkerDied
+from ale.messages import Chunk, Demonstration, Generate, Rollout, Sampling, Status, ToolResult, Trajectory, Turn
+from ale.policy.port import Policy
+from ale.wire import Array
+
+_CUT = "error: the turn was cut at its token limit"
+
+
+@dataclass
+class _Record:
+    """What has happened so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    logp: list[Array] = field(default_factory=list)
+    logp_sampled: list[Array] = field(default_factory=list)
+    version: list[Array] = field(default_factory=list)
+    results: list[ToolResult] = field(default_factory=list)
+    answer: str | None = None
+    illegal: int = 0
+
+    def add(self, turn: Turn, ending: Answer | Call | Malformed) -> None:
+        start = len(self.tokens)
+        self.tokens += turn.tokens_A.numpy().tolist()
+        kind = {Answer: "answer", Call: "call", Malformed: "malformed"}[type(ending)]
+        if turn.finish == "length":
+            kind = "cut"
+        self.chunks.append(Chunk(start, len(self.tokens), kind, error=kind in ("malformed", "cut")))  # type: ignore[arg-type]
+        self.logp.append(turn.logp_A)
+        self.logp_sampled.append(turn.logp_sampled_A)
+        self.version.append(turn.version_A)
+
+
+async def run_episode(
+    rollout: Rollout, policy: Policy, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig
+) -> Trajectory:
+    """Runs one episode. A failure of the sandbox, the policy or the tests is a status of the trajectory, not an error."""
+    began, version = time.monotonic(), policy.version
+    record = _Record()
+    reward: float | None = None
+    status: Status = "scored"
+    cause: str | None = None
+    env = make_env(rollout.task)
+    try:
+        async with asyncio.timeout(limits.episode_timeout_s):
+            await _converse(rollout, policy, env, chat, limits, record)
+            if record.illegal > limits.max_illegal_calls:
+                status, cause = "illegal_tool_calls", f"{record.illegal} malformed calls"
+            else:
+                reward = (await env.score()).reward
+    except SandboxError as error:
+        status, cause = "sandbox_failure", str(error)
+    except (PolicyError, WorkerDied) as error:
+        status, cause = "policy_failure", str(error)
+    except EvaluatorError as error:
+        status, cause = "evaluator_error", str(error)
+    except (TimeoutError, DeadlineExceeded) as error:
+        status, cause = "episode_timeout", str(error) or f"longer than {limits.episode_timeout_s:g} s"
+    finally:
+        await env.close()
+    return Trajectory(
+        id=rollout.id,
+        group=rollout.group,
+        task=rollout.task.id,
+        family=rollout.task.family,
+        level=rollout.task.level,
+        tokens_T=Array.of(record.tokens, "int32"),
+        chunks=tuple(record.chunks),
+        logp_A=_join(record.logp, "float32"),
+        logp_sampled_A=_join(record.logp_sampled, "float32"),
+        version_A=_join(record.version, "int32"),
+        results=tuple(record.results),
+        answer=record.answer,
+        reward=reward,
+        status=status,
+        cause=cause,
+        started_version=version,
+        duration_s=time.monotonic() - began,
+    )
+
+
+async def _converse(
+    rollout: Rollout, policy: Policy, env: Env, chat: Chat, limits: AgentConfig, record: _Record
+) -> None:
+    record.tokens += chat.start(await env.reset(), limits.system_prompt)
+    try:
+        for number in range(limits.max_turns):
+            room = limits.max_context_tokens - len(record.tokens)
+            if room < 1:
+                return
+            sampling = msgspec.structs.replace(
+                rollout.sampling,
+                max_tokens=min(limits.max_turn_tokens, room),
+                stop=(chat.end,),
+                seed=rollout.sampling.seed + number,
+            )
+            prompt_T = Array.of(record.tokens, "int32")
+            turn = await policy.generate(Generate(session=rollout.id, prompt_T=prompt_T, sampling=sampling))
+            action = parse(chat.text(turn.tokens_A.numpy().tolist()))
+            record.add(turn, action)
+            if turn.finish == "length":
+                action = Malformed(_CUT)
+            match action:
+                case Answer(text=text):
+                    record.answer = text
+                    return
+                case Malformed(reason=reason):
+                    record.illegal += 1
+                    observation = reason
+                    if record.illegal > limits.max_illegal_calls:
+                        return
+                case Call(command=command):
+                    step = await env.step(command)
+                    observation = step.observation
+                    if step.result is not None:
+                        record.results.append(step.result)
+                        if step.result.exit_code != 0:
+                            record.chunks[-1] = msgspec.structs.replace(record.chunks[-1], error=True)
+                    if step.terminated:
+                        return
+            record.tokens += chat.observation(observation, ended=turn.finish == "stop")
+    finally:
+        await policy.end_session(rollout.id)
+
+
+async def demonstrate(task: Task, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig) -> Demonstration:
+    """The reference solution carried out for real and written down as an episode. Raises `EvaluatorError` unless the
+    tests then give a reward above 0: what does not work is not shown."""
+    env = make_env(task)
+    try:
+        tokens = chat.start(await env.reset(), limits.system_prompt)
+        chunks = []
+        for command in task.solution:
+            spoken = chat.spoken(render(command))
+            chunks.append(Chunk(len(tokens), len(tokens) + len(spoken), "call"))
+            step = await env.step(command)
+            tokens += [*spoken, *chat.observation(step.observation, ended=True)]
+        spoken = chat.spoken("done")
+        chunks.append(Chunk(len(tokens), len(tokens) + len(spoken), "answer"))
+        tokens += spoken
+        score = await env.score()
+    finally:
+        await env.close()
+    if score.reward <= 0:
+        raise EvaluatorError(f"the reference solution of {task.id} gets the reward {score.reward:g}: {score.output}")
+    return Demonstration(tokens_T=Array.of(tokens, "int32"), chunks=tuple(chunks))
+
+
+def sampling_of(temperature: float, top_p: float, top_k: int | None, seed: int) -> Sampling:
+    return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+
+
+def _join(parts: list[Array], dtype: str) -> Array:
+    return Array.of(np.concatenate([p.numpy() for p in parts]) if parts else [], dtype)

@@ -1,0 +1,57 @@
+"""Where a run's tasks come from: the procedural families, or a directory of task directories."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from ale.config import TasksConfig
+from ale.envs.families import make_splits
+from ale.envs.task import Task
+from ale.envs.task_dir import load_tasks
+from ale.errors import ConfigError
+
+
+class Source(msgspec.Struct, frozen=True):
+    """`heldout` and `families` are never drawn by `train`, an iterator that may be endless."""
+
+    train: Iterator[Task]
+    heldout: tuple[Task, ...]
+    families: tuple[Task, ...] = ()
+
+
+def open_source(config: TasksConfig, seed: int) -> Source:
+    """The tasks of a configuration; `seed` orders those for training. Raises `ConfigError` and `TaskFormatError`."""
+    if config.source == "procedural":
+        splits = make_splits(config.heldout, config.families, config.seed)
+        return Source(train=splits.train(seed), heldout=splits.heldout, families=splits.families)
+    directory = Path(config.source).expanduser()
+    if not directory.is_dir():
+        raise ConfigError(
+            f'tasks.source: there is no directory {directory}. Give a directory of task directories, or "procedural".'
+        )
+    tasks = _distinct(load_tasks(directory))
+    random.Random(config.seed).shuffle(tasks)
+    if len(tasks) <= config.heldout:
+        raise ConfigError(
+            f"tasks.heldout is {config.heldout}, but {directory} holds {len(tasks)} different tasks: "
+            "none would be left to train on."
+        )
+    heldout = tuple(msgspec.structs.replace(t, split="heldout") for t in tasks[: config.heldout])
+    train = [msgspec.structs.replace(t, split="train") for t in tasks[config.heldout :]]
+    return Source(train=_endless(train, seed), heldout=heldout)
+
+
+def _endless(tasks: list[Task], seed: int) -> Iterator[Task]:
+    """Every task once in each round, in an order of its own."""
+    rng = random.Random(f"train/{seed}")
+    while True:
+        yield from rng.sample(tasks, len(tasks))
+
+
+def _distinct(tasks: list[Task]) -> list[Task]:
+    """One task for each content: a copy under another name must not stand in two splits."""
+    return list({task.content_hash: task for task in tasks}.values())

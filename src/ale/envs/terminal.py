@@ -1,0 +1,89 @@
+"""A task in a sandbox: each action is a shell command in the working directory, each observation what it printed."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+from ale.envs.env import Step
+from ale.envs.task import WORKDIR, Task
+from ale.messages import Score, ToolResult
+from ale.sandbox import Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec, Snapshot
+
+Grader = Callable[[Task, Snapshot], Awaitable[Score]]
+
+
+class TerminalEnv:
+    """`grader` scores the snapshot; it owns nothing of it. One command runs at a time, exactly once."""
+
+    def __init__(
+        self,
+        task: Task,
+        engine: SandboxEngine,
+        grader: Grader,
+        *,
+        pids: int = 64,
+        max_output_chars: int = 4000,
+        command_timeout_s: float = 30.0,
+        label: str = "",
+    ) -> None:
+        self._task = task
+        self._engine = engine
+        self._grader = grader
+        self._max_output_chars = max_output_chars
+        self._command_timeout_s = command_timeout_s
+        self._spec = SandboxSpec(workdir=WORKDIR, limits=Limits(memory_mb=task.memory_mb, pids=pids), label=label)
+        self._stack = AsyncExitStack()
+        self._sandbox: Sandbox | None = None
+
+    async def reset(self) -> str:
+        self._sandbox = await self._stack.enter_async_context(self._engine.start(self._spec))
+        for file in self._task.files:
+            await self._sandbox.write_file(f"{WORKDIR}/{file.path}", file.data, mode=file.mode)
+        return self._task.instruction
+
+    async def step(self, action: str) -> Step:
+        completed = await self._live().exec(Command(shell=action, timeout_s=self._command_timeout_s))
+        observation = self._observe(completed)
+        return Step(
+            observation,
+            result=ToolResult(
+                call=action,
+                output=observation,
+                exit_code=completed.exit_code,
+                timed_out=completed.timed_out,
+                duration_s=completed.duration_s,
+            ),
+        )
+
+    async def score(self) -> Score:
+        snapshot = await self._live().snapshot()
+        try:
+            return await self._grader(self._task, snapshot)
+        finally:
+            await snapshot.release()
+
+    async def close(self) -> None:
+        self._sandbox = None
+        await self._stack.aclose()
+
+    def _live(self) -> Sandbox:
+        if self._sandbox is None:
+            raise RuntimeError("reset() starts the episode; an environment is used for one")
+        return self._sandbox
+
+    def _observe(self, completed: Completed) -> str:
+        """Both streams, cut in the middle, and how the command ended unless it just succeeded."""
+        text = (completed.text() + completed.text("stderr")).rstrip("\n")
+        limit = self._max_output_chars
+        if len(text) > limit:
+            text = f"{text[: limit // 2]}\n[... {len(text) - limit} characters cut ...]\n{text[-(limit - limit // 2) :]}"
+        if completed.timed_out:
+            ending = f"[timed out after {self._command_timeout_s:g} s]"
+        elif completed.signal is not None:
+            ending = f"[signal {completed.signal}]"
+        elif completed.exit_code:
+            ending = f"[exit {completed.exit_code}]"
+        else:
+            return text or "ok"
+        return f"{text}\n{ending}" if text else ending

@@ -1,0 +1,53 @@
+"""How a spec's limits are enforced on this machine: by cgroups where they can be made, else by resource limits."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+
+import msgspec
+
+from ale.sandbox.cgroup import Cgroups, limit_values
+from ale.sandbox.port import Limits
+
+_MB = 1024 * 1024
+_OPEN_FILES = 1024
+# bwrap's monitor and process 1, which share a sandbox's cgroup with the commands.
+_OWN_PROCESSES = 2
+
+
+class Enforcement(msgspec.Struct, frozen=True):
+    cgroups: Cgroups
+
+    def group_limits(self, limits: Limits) -> dict[str, int]:
+        return limit_values(limits.memory_mb * _MB, limits.pids + _OWN_PROCESSES)
+
+    def resource_limits(self, limits: Limits) -> dict[int, int]:
+        """Resource limits of every process in a sandbox; never above what the engine itself has."""
+        wanted = {
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_FSIZE: limits.file_mb * _MB,
+            resource.RLIMIT_NOFILE: _OPEN_FILES,
+        }
+        if "pids" not in self.cgroups.enforces:
+            wanted[resource.RLIMIT_NPROC] = limits.pids + _OWN_PROCESSES
+        if "memory" not in self.cgroups.enforces:
+            wanted[resource.RLIMIT_AS] = limits.memory_mb * _MB
+        return {number: _lowered(number, value) for number, value in wanted.items()}
+
+    def capabilities(self, in_memory: bool) -> Mapping[str, str]:
+        """`in_memory`: whether workspaces lie in memory, which a memory cgroup then bounds."""
+        enforces = self.cgroups.enforces
+        bounded = in_memory and "memory" in enforces
+        return {
+            "memory": enforces.get("memory", "prlimit, each process by itself"),
+            "pids": enforces.get("pids", "prlimit"),
+            "file size": "prlimit",
+            "cpu time": "prlimit, each process by itself",
+            "disk": "the memory limit" if bounded else "no: only /tmp and single files are bounded",
+        }
+
+
+def _lowered(number: int, value: int) -> int:
+    hard = resource.getrlimit(number)[1]
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -1,0 +1,79 @@
+"""The rocklet's interpreter: a copy of just those files that Python opens to run it, found by watching it start.
+
+The interpreter of the host may lie where the sandbox's user cannot reach it (a root-only home), and its prefix holds
+much that a sandbox should not see. The copy keeps Python's layout, so it finds its own library wherever it is mounted.
+"""
+
+from __future__ import annotations
+
+import ast
+import py_compile
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from ale.errors import SandboxError
+from ale.sandbox import rocklet
+
+MOUNT_POINT = "/.rocklet"
+_START_S = 30.0
+
+# Prints what the rocklet's imports loaded: module files, and every file mapped into the process.
+_WATCH = """
+import posix, sys, time, _ctypes, _signal, select
+files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+maps = {line.split(None, 5)[5].rstrip() for line in open("/proc/self/maps") if line.count("/")}
+print(repr((sys.executable, files, sorted(maps))))
+"""
+
+
+class Interpreter:
+    """Where the copy lies (`directory`) and how it is started inside, mounted at MOUNT_POINT."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        self.argv = (f"{MOUNT_POINT}/bin/{version}", "-I", "-S", f"{MOUNT_POINT}/rocklet.pyc")
+        self.env = {"LD_LIBRARY_PATH": f"{MOUNT_POINT}/lib"}
+        library = directory / "lib" / version
+        (directory / "bin").mkdir(parents=True)
+        (library / "lib-dynload").mkdir(parents=True)
+        executable, modules, mapped = _watch()
+        shutil.copy(executable, directory / "bin" / version)
+        (library / "os.py").touch()  # the landmark by which Python knows its prefix
+        prefix = Path(sysconfig.get_path("stdlib")).resolve()
+        for module in map(Path, modules):
+            self._copy_module(module, prefix, library)
+        for path in map(Path, mapped):
+            # The system's own libraries are there already, as part of /usr.
+            if ".so" in path.name and not path.is_relative_to("/usr") and not path.is_relative_to("/lib"):
+                shutil.copy(path, (library / "lib-dynload") if "lib-dynload" in path.parts else (directory / "lib"))
+        py_compile.compile(rocklet.__file__, cfile=str(directory / "rocklet.pyc"), doraise=True)
+
+    @staticmethod
+    def _copy_module(module: Path, prefix: Path, library: Path) -> None:
+        real = module.resolve()
+        if not real.is_relative_to(prefix):
+            raise SandboxError(f"the interpreter loads {module} from outside its library {prefix}")
+        target = library / real.relative_to(prefix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if real.suffix == ".py":  # compiled beside, so that no start compiles or checks a time stamp
+            py_compile.compile(str(real), cfile=str(target.with_suffix(".pyc")), doraise=True)
+        else:
+            shutil.copy(real, target)
+
+
+def _watch() -> tuple[str, list[str], list[str]]:
+    base = Path(getattr(sys, "_base_executable", "") or sys.executable).resolve()
+    try:
+        seen = subprocess.run(
+            [base, "-I", "-S", "-c", _WATCH], capture_output=True, check=True, timeout=_START_S, env={}, text=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        raise SandboxError(f"cannot start the interpreter {base} for the rocklet: {detail}") from error
+
+    executable, modules, mapped = ast.literal_eval(seen.stdout)
+    return executable, modules, mapped

@@ -1,0 +1,145 @@
+"""Layers: directories that never change once made, which workspaces are stacked from; counted, deleted when unused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from ale.errors import SandboxError
+from ale.sandbox.launcher import remove_tree
+
+Owner = tuple[int, int]
+
+
+class Layer:
+    """A frozen directory of a store. Whoever uses it holds it; the last to let go deletes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.holders = 0
+
+
+class LayerStore:
+    """The layers of one engine. Its methods run on the event loop; copying and deleting run on threads."""
+
+    def __init__(self, directory: Path, owner: Owner | None) -> None:
+        self._directory = directory
+        self._owner = owner
+        self._made = 0
+        self._cached: dict[str, tuple[str, Layer]] = {}  # source -> (signature, layer)
+        self._importing = asyncio.Lock()
+        self.alive = 0
+
+    def _new_path(self) -> Path:
+        self._made += 1
+        return self._directory / f"{self._made:x}"
+
+    async def import_tree(self, source: str, *, directory: bool = False) -> Layer:
+        """A held layer with the content that `source` (a file or directory; with `directory` only the latter) has now.
+
+        Copied once per content. Raises SandboxError when it cannot be read or holds other things than files,
+        directories and symbolic links.
+        """
+        async with self._importing:
+            try:
+                key, signature = await asyncio.to_thread(_examine, source, directory)
+                cached = self._cached.get(key)
+                if cached is not None and cached[0] == signature:
+                    return self.hold(cached[1])
+                path = self._new_path()
+                try:
+                    await asyncio.to_thread(copy_tree, Path(key), path, self._owner)
+                except BaseException:
+                    await asyncio.to_thread(_discard, path)
+                    raise
+            except OSError as error:
+                raise SandboxError(f"cannot copy {source!r} into a sandbox: {error}") from error
+            layer = self._add(path)
+            if cached is not None:
+                await self.let_go([cached[1]])
+            self._cached[key] = (signature, self.hold(layer))  # the cache is a holder
+            return self.hold(layer)
+
+    def freeze(self, upper: Path) -> Layer:
+        """Makes a layer, held once, of a workspace's upper directory whose processes have all ended."""
+        path = self._new_path()
+        upper.rename(path)
+        return self.hold(self._add(path))
+
+    def _add(self, path: Path) -> Layer:
+        self.alive += 1
+        return Layer(path)
+
+    @staticmethod
+    def hold(layer: Layer) -> Layer:
+        layer.holders += 1
+        return layer
+
+    async def let_go(self, layers: Iterable[Layer]) -> None:
+        unused: list[Path] = []
+        for layer in layers:
+            layer.holders -= 1
+            if layer.holders == 0:
+                self.alive -= 1
+                unused.append(layer.path)
+        for path in unused:
+            await asyncio.to_thread(_discard, path)
+
+
+def _examine(source: str, directory: bool) -> tuple[str, str]:
+    key = os.path.realpath(source, strict=True)
+    if directory and not os.path.isdir(key):
+        raise NotADirectoryError(f"{source} is not a directory")
+    return key, signature_of(key)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def signature_of(source: str) -> str:
+    """Changes whenever a name, mode, size or time in the tree does: what a copy may be reused by."""
+    entries: list[str] = []
+
+    def note(path: str, name: str, info: os.stat_result) -> None:
+        entries.append(f"{name}\0{info.st_mode}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ctime_ns}")
+        if stat.S_ISDIR(info.st_mode):
+            with os.scandir(path) as children:
+                for child in sorted(children, key=lambda entry: entry.name):
+                    note(child.path, f"{name}/{child.name}", child.stat(follow_symlinks=False))
+
+    note(source, "", os.lstat(source))
+    return "\n".join(entries)
+
+
+def copy_tree(source: Path, target: Path, owner: Owner | None) -> None:
+    """Copies a tree over what is there: links as links, times kept, no set-id bits, all readable by the owner."""
+    info = source.lstat()
+    if stat.S_ISLNK(info.st_mode):
+        target.unlink(missing_ok=True)
+        target.symlink_to(os.readlink(source))
+    elif stat.S_ISREG(info.st_mode):
+        target.unlink(missing_ok=True)  # a link here could lead anywhere
+        shutil.copyfile(source, target, follow_symlinks=False)
+    elif stat.S_ISDIR(info.st_mode):
+        if target.is_symlink():
+            target.unlink()
+        target.mkdir(exist_ok=True)
+        with os.scandir(source) as children:
+            for child in children:
+                copy_tree(source / child.name, target / child.name, owner)
+    else:
+        raise OSError(f"{source} is neither file, directory nor symbolic link")
+    if owner is not None:
+        os.chown(target, *owner, follow_symlinks=False)
+    if not stat.S_ISLNK(info.st_mode):
+        needed = stat.S_IRWXU if stat.S_ISDIR(info.st_mode) else stat.S_IRUSR | stat.S_IWUSR
+        target.chmod(stat.S_IMODE(info.st_mode) & 0o777 | needed)
+        os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))

@@ -1,0 +1,154 @@
+"""A sandbox of the local backend: a workspace on the host, and a namespace that shows it to commands when needed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ale.errors import SandboxError
+from ale.sandbox.foundation import Foundation, LocalSnapshot
+from ale.sandbox.launcher import remove_tree
+from ale.sandbox.namespace import Namespace
+from ale.sandbox.port import MAX_FILE_BYTES, Command, Completed, SandboxSpec, SandboxStatistics, environment
+from ale.sandbox.shielded import shielded
+
+if TYPE_CHECKING:
+    from ale.sandbox.local import LocalEngine
+
+
+class LocalSandbox:
+    def __init__(self, engine: LocalEngine, spec: SandboxSpec, name: str) -> None:
+        self.id = f"{spec.label}-{name}" if spec.label else name
+        self._engine, self._spec, self._name = engine, spec, name
+        self._foundation = Foundation(engine.store)
+        self._namespace: Namespace | None = None
+        self._incarnations = 0
+        self._box: Path | None = None  # of the current upper directory
+        self._changing = asyncio.Lock()  # start, snapshot and close exclude one another
+        self._broken: SandboxError | None = None
+        self._closed = False
+        self._commands = self._timed_out = self._snapshots = 0
+
+    async def open(self) -> None:
+        await self._foundation.gather(self._spec)
+        await self._running()
+
+    async def _running(self) -> Namespace:
+        if self._namespace is None:
+            async with self._changing:
+                self._check()
+                if self._namespace is None:
+                    await self._start()
+        self._check()
+        assert self._namespace is not None
+        return self._namespace
+
+    def _check(self) -> None:
+        if self._closed:
+            raise SandboxError(f"sandbox {self.id} is closed")
+        if self._broken is not None:
+            raise SandboxError(f"sandbox {self.id} is broken: {self._broken}")
+
+    async def _start(self) -> None:
+        namespace = Namespace(f"{self._name}.{self._incarnations}")
+        self._incarnations += 1
+        if self._box is None:
+            self._box = self._engine.make_box(namespace.name)
+        overlay = self._foundation.overlay(self._engine.bottom, self._box / "upper", self._box / "work")
+        try:
+            await self._engine.launch(namespace, self._spec, overlay, self._foundation.binds)
+        except BaseException:
+            await shielded(namespace.end())
+            raise
+        self._namespace = namespace
+
+    async def exec(self, command: Command) -> Completed:
+        namespace = await self._running()
+        limits = self._spec.limits
+        env = environment(self._spec, command)
+        with self._failures_of(namespace):
+            completed = await namespace.run(
+                [os.fsencode(part) for part in self._engine.argv(command)],
+                [os.fsencode(f"{name}={value}") for name, value in env.items()],
+                os.fsencode(self._path(command.cwd or "")),
+                command.stdin,
+                timeout_s=command.timeout_s,
+                cpu_s=limits.cpu_s,
+                output_bytes=limits.output_bytes,
+            )
+        self._commands += 1
+        self._timed_out += completed.timed_out
+        self._engine.commands += 1
+        self._engine.timed_out += completed.timed_out
+        return completed
+
+    async def read_file(self, path: str, *, max_bytes: int = 1024 * 1024) -> bytes:
+        if not 0 <= max_bytes <= MAX_FILE_BYTES:
+            raise ValueError(f"max_bytes must be in 0..{MAX_FILE_BYTES}, got {max_bytes}")
+        namespace = await self._running()
+        with self._failures_of(namespace):
+            return await namespace.read(os.fsencode(self._path(path)), max_bytes)
+
+    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"write_file takes at most {MAX_FILE_BYTES} bytes, got {len(data)}")
+        namespace = await self._running()
+        with self._failures_of(namespace):
+            await namespace.write(os.fsencode(self._path(path)), mode & 0o777, data)
+
+    def _path(self, path: str) -> str:
+        if "\0" in path:
+            raise ValueError("a path cannot hold a NUL byte")
+        return os.path.join(self._spec.workdir, path)
+
+    @contextmanager
+    def _failures_of(self, namespace: Namespace) -> Iterator[None]:
+        try:
+            yield
+        except SandboxError as error:
+            if namespace is self._namespace and self._broken is None:  # not ended on purpose by snapshot or close
+                self._broken = error
+                self._engine.broken += 1
+            raise SandboxError(f"sandbox {self.id}: {error}") from error
+
+    async def snapshot(self) -> LocalSnapshot:
+        return await shielded(self._snapshot())
+
+    async def _snapshot(self) -> LocalSnapshot:
+        async with self._changing:
+            self._check()
+            await self._end()
+            foundation = self._foundation
+            if self._box is not None and any((self._box / "upper").iterdir()):
+                foundation.layers.append(foundation.store.freeze(self._box / "upper"))
+                await asyncio.to_thread(remove_tree, self._box)
+                self._box = None
+            self._snapshots += 1
+            return LocalSnapshot(foundation.store, tuple(map(foundation.store.hold, foundation.layers)))
+
+    async def _end(self) -> None:
+        namespace, self._namespace = self._namespace, None
+        if namespace is not None:
+            await namespace.end()
+
+    def statistics(self) -> SandboxStatistics:
+        return SandboxStatistics(commands=self._commands, timed_out=self._timed_out, snapshots=self._snapshots)
+
+    async def close(self) -> None:
+        await shielded(self._close())
+
+    async def _close(self) -> None:
+        async with self._changing:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                await self._end()
+            finally:
+                if self._box is not None:
+                    await asyncio.to_thread(remove_tree, self._box)
+                await self._foundation.release()

@@ -1,0 +1,166 @@
+"""The engine's directory: where it lies, who may see it, and how a dead engine's is recognised and removed.
+
+Its name holds the owner's pid and start time, and a lock file in it is held by the engine and by its launcher: the
+name tells at once that an owner lives, the lock tells it across pid namespaces that share the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import signal
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+
+from ale.sandbox import cgroup
+from ale.sandbox.launcher import remove_tree
+
+PREFIX = "ale-sandbox-"
+_LOCK = "lock"
+_MIN_FREE_BYTES = 1 << 30
+_DYING_S = 3.0  # how long the processes of a killed engine may take to die
+
+SHARED_MEMORY = Path("/dev/shm")
+
+# Whom sandboxes run as when the engine is root: an id that no distribution gives out.
+SANDBOX_USER = (64753, 64753)
+
+
+def start_time(pid: int) -> str | None:
+    """The process's start in clock ticks since boot, which with the pid names it for good; None: no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def default_parent() -> Path:
+    """Memory when it is roomy, executable and keeps overlayfs's attributes, else the system's temporary directory."""
+    temporary = Path(tempfile.gettempdir())
+    try:
+        facts = os.statvfs(SHARED_MEMORY)
+        if facts.f_flag & os.ST_NOEXEC or facts.f_bavail * facts.f_frsize < _MIN_FREE_BYTES:
+            return temporary
+        with tempfile.NamedTemporaryFile(dir=SHARED_MEMORY) as probe:
+            os.setxattr(probe.name, "user.overlay.probe", b"y")
+    except OSError:
+        return temporary
+    return SHARED_MEMORY
+
+
+def give(tree: Path, owner: tuple[int, int] | None) -> None:
+    """Makes `owner` the owner of everything in a tree."""
+    if owner is not None:
+        for path in (tree, *tree.rglob("*")):
+            os.chown(path, *owner, follow_symlinks=False)
+
+
+class StateDirectory(msgspec.Struct, frozen=True):
+    path: Path
+    lock_fd: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @classmethod
+    def make(cls, parent: Path, owner: tuple[int, int] | None) -> StateDirectory:
+        """Makes the directory, closed to every user but `owner` (and root)."""
+        path = parent / f"{PREFIX}{os.getpid()}-{start_time(os.getpid())}-{secrets.token_hex(4)}"
+        path.mkdir(mode=0o700)
+        try:
+            lock_fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            for name in ("boxes", "layers", "tools"):
+                (path / name).mkdir()
+            give(path, owner)
+        except BaseException:
+            remove_tree(path)
+            raise
+        return cls(path, lock_fd)
+
+    def remove(self) -> None:
+        """What the launcher has not removed at its end. Idempotent."""
+        if self.path.exists():
+            remove_tree(self.path)
+        with contextlib.suppress(OSError):
+            os.close(self.lock_fd)
+
+
+def owner_lives(name: str) -> bool:
+    """Whether the process that made the directory of this name runs (as far as this pid namespace can see)."""
+    try:
+        pid, started, _ = name.removeprefix(PREFIX).split("-")
+        return start_time(int(pid)) == started
+    except ValueError:
+        return True  # not a name of ours
+
+
+def sweep(parent: Path) -> list[str]:
+    """Removes what engines that were killed left under `parent`: processes, cgroups, directories. Returns their names.
+
+    Never touches what belongs to a living engine, to another user, or was not made by an engine.
+    """
+    removed: set[str] = set()
+    for path in parent.glob(f"{PREFIX}*"):
+        if not owner_lives(path.name) and _is_ours(path) and _launcher_has_ended(path):
+            _end_processes(path.name)
+            remove_tree(path)
+            removed.add(path.name)
+    for group in cgroup.groups_named(PREFIX):
+        # Its processes died with its launcher; should one live, its engine lives where this process cannot see it.
+        if not owner_lives(group.name) and not cgroup.processes_in(group) and cgroup.remove_groups(group):
+            removed.add(group.name)
+    return sorted(removed)
+
+
+def _is_ours(path: Path) -> bool:
+    info = path.lstat()
+    users = {os.geteuid()} | ({SANDBOX_USER[0]} if os.geteuid() == 0 else set())
+    return stat.S_ISDIR(info.st_mode) and info.st_uid in users
+
+
+def _launcher_has_ended(path: Path) -> bool:
+    """Whether nobody holds the lock, given a dying launcher's time to clean up and let go."""
+    try:
+        lock_fd = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return path.exists()  # killed before it made the lock; or just removed by its launcher
+    deadline = time.monotonic() + _DYING_S
+    try:
+        while True:
+            try:
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return path.exists()
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+            time.sleep(0.01)  # a lock has no wait with a deadline
+    finally:
+        os.close(lock_fd)
+
+
+def _end_processes(name: str) -> None:
+    """Kills the processes that still stand on the directory `name` and waits until they are gone."""
+    deadline = time.monotonic() + _DYING_S
+    while (pids := _processes_on(name)) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)  # they are not our children: there is no wait for them
+
+
+def _processes_on(name: str) -> list[int]:
+    pids: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if name in (entry / "mountinfo").read_text():
+                    pids.append(int(entry.name))
+    return pids
