@@ -159,7 +159,7 @@ class Learner:
                 loss = loss + self.settings.router_loss * share * router
                 router_total += float(router.detach()) * share
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(result.loss)
+            total += float(result.loss.detach())
             seen = result.statistics()
             statistics = seen if statistics is None else statistics + seen
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm))
