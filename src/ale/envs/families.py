@@ -11,13 +11,16 @@ import io
 import random
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import msgspec
 
+from ale.config import TasksConfig
 from ale.envs.task import REWARD_FILE, Split, Task, TaskFile
+from ale.errors import UserError
 
 # Three- to five-letter nouns, so that a small tokenizer can hold each as one token.
-WORDS = (
+WORDS = (  # noqa: SIM905  (a hundred quoted words are no easier to read)
     "oak elm fir ash yew fox owl bee ant cat dog hen cow pig ram bat cod eel fly jay "
     "cup pan pot jar lid mug tin box bag net map pen ink key pin nut bolt gear wire coil "
     "sun moon star sky rain snow hail wind lake pond reef bay hill cave dune rock sand clay "
@@ -120,7 +123,8 @@ def fix(d: Draft) -> str:
     d.text(path, f"{wrong} {word}")
     d.steps += [f"cat {path}", f"sed -i s/{wrong}/{right}/ {path}"]
     # The script is the agent's: it runs unable to write files, so that it cannot write the reward.
-    d.checks.append(f'[ -f {path} ] && [ "$(ulimit -f 0; timeout 5 bash {path} </dev/null 2>&1 | head -c 99)" = {word} ]')
+    printed = f"$(ulimit -f 0; timeout 5 bash {path} </dev/null 2>&1 | head -c 99)"
+    d.checks.append(f'[ -f {path} ] && [ "{printed}" = {word} ]')
     return f"The script {where} fails. Fix it so that it prints {word}."
 
 
@@ -225,11 +229,12 @@ def make(family: str, seed: int, split: Split = "train") -> Task:
     draft = Draft(rng=rng, names=rng.sample(WORDS, len(WORDS)))
     instruction = (TRAINED | UNSEEN)[family](draft)
     condition = " &&\n   ".join(f"{{ {check}; }}" for check in draft.checks)
+    files = {path.removeprefix("./"): data for path, data in draft.files.items()}
     script = f"{_CHECKS}if {condition}\nthen reward=1; else reward=0; fi\necho $reward > {REWARD_FILE}\n"
     return Task(
         id=f"{family}-{seed}",
         instruction=instruction,
-        files=tuple(TaskFile(path, data) for path, data in sorted(draft.files.items())),
+        files=tuple(TaskFile(path, data) for path, data in sorted(files.items())),
         tests=(TaskFile("test.sh", script.encode(), 0o755),),
         solution=tuple(draft.steps),
         family=family,
@@ -237,6 +242,24 @@ def make(family: str, seed: int, split: Split = "train") -> Task:
         seed=seed,
         split=split,
     )
+
+
+def generate(family: str, count: int, seed: int, split: Split = "train") -> list[Task]:
+    """`count` tasks of one family, seeds from `seed` on, or of "all" that belong to `split`.
+
+    Of "all", "heldout" and "families" give exactly what a run with this `tasks.seed` holds out; "train" gives what no
+    such run of the default sizes holds out. Raises `UserError` for a family that does not exist.
+    """
+    if family != "all":
+        if family not in TRAINED | UNSEEN:
+            raise UserError(f"There is no family {family!r}; there are: all, {', '.join(TRAINED | UNSEEN)}.")
+        return [make(family, number, split) for number in range(seed, seed + count)]
+    if split == "heldout":
+        return list(make_splits(count, 0, seed).heldout)
+    if split == "families":
+        return list(make_splits(0, count, seed).families)
+    sizes = TasksConfig()
+    return list(islice(make_splits(sizes.heldout, sizes.families, seed).train(seed), count))
 
 
 class Splits(msgspec.Struct, frozen=True):

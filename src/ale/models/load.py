@@ -10,26 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from ale.errors import ModelError
+from ale.models.path import check_model_path
 
 transformers_logging.disable_progress_bar()
-
-
-def check_model_path(path: str | Path) -> Path:
-    """The directory at `path`; raises `ModelError` when it cannot hold a model."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        raise ModelError(
-            f"model.path: there is no directory {directory}. Give the path of a local Hugging Face model directory "
-            '(config.json, *.safetensors, tokenizer.json), or "nano" for the built-in model.'
-        )
-    missing = [name for name in ("config.json",) if not (directory / name).is_file()]
-    if not any(directory.glob("*.safetensors")):
-        missing.append("*.safetensors (the weights)")
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        missing.append("tokenizer.json")
-    if missing:
-        raise ModelError(f"model.path: {directory} holds no complete model; it has no {', no '.join(missing)}.")
-    return directory
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

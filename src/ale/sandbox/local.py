@@ -54,6 +54,7 @@ class LocalEngine:
         self._line, self._interpreter = line, interpreter
         self.store = LayerStore(state.path / "layers", sandbox_user())
         self.bottom = state.path / "tools" / "empty"
+        self.scratch = state.path / "scratch"
         self._shell = next(shell for shell in _SHELLS if os.access(shell, os.X_OK))
         self._names = itertools.count(1)
         self._alive: dict[str, LocalSandbox] = {}

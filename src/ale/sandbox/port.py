@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
@@ -224,6 +225,10 @@ class Sandbox(Protocol):
 
 class SandboxEngine(Protocol):
     """Starts sandboxes. Nothing that it made outlives it."""
+
+    @property
+    def scratch(self) -> Path:
+        """A host directory for what is mounted into sandboxes. It is removed with the engine, also after a crash."""
 
     def start(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]: ...
 

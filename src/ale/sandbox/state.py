@@ -77,7 +77,7 @@ class StateDirectory(msgspec.Struct, frozen=True):
         try:
             lock_fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock_fd, fcntl.LOCK_EX)
-            for name in ("boxes", "layers", "tools"):
+            for name in ("boxes", "layers", "tools", "scratch"):
                 (path / name).mkdir()
             give(path, owner)
         except BaseException:

@@ -1,0 +1,120 @@
+"""What this machine offers: one finding a line, each that is not well with what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ale.errors import SandboxUnavailable
+from ale.sandbox import open_engine
+
+# The default run: two computing processes of about 1 GiB, sandboxes, and the controller.
+MIN_MEMORY_GB = 4.0
+MIN_DISK_GB = 1.0
+_GB = 1024.0**3
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """`Finding("torch", "fail", "not installed; pip install 'ale[train]'")`. `fail`: `ale train` cannot run here."""
+
+    subject: str
+    level: Literal["ok", "warn", "fail"]
+    said: str
+
+
+async def examine() -> AsyncIterator[Finding]:
+    """Every finding, the quick ones first."""
+    new_enough = sys.version_info >= (3, 11)
+    yield Finding("python", "ok" if new_enough else "fail", f"{platform.python_version()}, at least 3.11 is needed")
+    yield _machine()
+    yield _memory()
+    yield _disk()
+    for package in ("torch", "transformers", "tokenizers", "safetensors"):
+        yield _package(package)
+    yield _gpu()
+    async for finding in _sandbox():
+        yield finding
+    yield _docker()
+
+
+def _machine() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    said = f"{platform.system()} {platform.release()} {platform.machine()}, {cores} cores"
+    if platform.system() != "Linux":
+        return Finding("machine", "fail", f"{said}; sandboxes are made of Linux namespaces: use Linux or a Linux VM")
+    if cores < 2:
+        return Finding("machine", "warn", f"{said}; with fewer than 2, generation and training take turns")
+    return Finding("machine", "ok", said)
+
+
+def _memory() -> Finding:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / _GB
+    except (OSError, StopIteration):
+        return Finding("memory", "warn", "unknown: /proc/meminfo does not tell")
+    said = f"{available:.1f} GiB available"
+    if available < MIN_MEMORY_GB:
+        return Finding("memory", "warn", f"{said}; the default run wants {MIN_MEMORY_GB:g}: lower rollout.concurrency")
+    return Finding("memory", "ok", said)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / _GB
+    said = f"{free:.1f} GiB free here"
+    if free < MIN_DISK_GB:
+        return Finding("disk", "warn", f"{said}; set runs_dir to a place with at least {MIN_DISK_GB:g} GiB")
+    return Finding("disk", "ok", said)
+
+
+def _package(name: str) -> Finding:
+    try:
+        import_module(name)
+        return Finding(name, "ok", metadata.version(name))
+    except ModuleNotFoundError:
+        return Finding(name, "fail", "not installed; pip install torch==2.13.0, then pip install 'ale[train]'")
+    except (ImportError, OSError) as error:
+        return Finding(name, "fail", f"installed but does not load ({error}); reinstall it")
+
+
+def _gpu() -> Finding:
+    try:
+        import torch
+    except ImportError:
+        return Finding("gpu", "warn", "unknown without torch")
+    if not torch.cuda.is_available():
+        return Finding("gpu", "ok", "none; none is needed")
+    return Finding("gpu", "ok", f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
+
+
+async def _sandbox() -> AsyncIterator[Finding]:
+    try:
+        async with open_engine("local") as engine:
+            capabilities = engine.capabilities()
+    except SandboxUnavailable as error:
+        yield Finding("sandbox", "fail", str(error))
+        return
+    yield Finding("sandbox", "ok", "local: namespaces work")
+    for name, said in capabilities.items():
+        weak = said.startswith("no:")
+        yield Finding(f"  {name}", "warn" if weak else "ok", said)
+
+
+def _docker() -> Finding:
+    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    if not host.startswith("unix://"):
+        return Finding("docker", "ok", f"DOCKER_HOST is {host}")
+    socket = Path(host.removeprefix("unix://"))
+    if not socket.is_socket():
+        return Finding("docker", "ok", f"no socket at {socket}; the local sandboxes need none")
+    if not os.access(socket, os.R_OK | os.W_OK):
+        return Finding("docker", "warn", f"{socket} is not open to you: join its group, or go without")
+    return Finding("docker", "ok", str(socket))
