@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-CORPUS = ["Copy oak.txt to fox.txt.", "cp oak.txt fox.txt", "sed -i s/^owl=.*/owl=bee/ elm.cfg", "grep -c ant ash.log"] * 4
+CORPUS = [
+    "Copy oak.txt to fox.txt.",
+    "cp oak.txt fox.txt",
+    "sed -i s/^owl=.*/owl=bee/ elm.cfg",
+    "grep -c ant ash.log",
+] * 4
 
 
 @pytest.fixture(scope="session")

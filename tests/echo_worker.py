@@ -1,5 +1,6 @@
 """The child of tests/test_process.py: answers, fails, stalls, dies or talks nonsense, as it is asked."""
 
+import contextlib
 import os
 import struct
 import sys
@@ -76,7 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(EOFError):
         main()
-    except EOFError:
-        pass

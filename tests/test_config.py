@@ -70,7 +70,8 @@ def test_a_file_that_is_not_there_or_not_readable_is_named(tmp_path: Path) -> No
 def test_overrides_beat_the_file_and_take_toml_or_bare_words(tmp_path: Path) -> None:
     path = write(tmp_path, "seed = 1\n[rollout]\nmax_lag = 2\n")
     config = load(
-        path, ["seed=7", "rollout.max_lag=0", "learner.learning_rate = 1e-4", "name= blue", "warm_start.by_family.copy=3"]
+        path,
+        ["seed=7", "rollout.max_lag=0", "learner.learning_rate = 1e-4", "name= blue", "warm_start.by_family.copy=3"],
     )
     assert (config.seed, config.rollout.max_lag, config.learner.learning_rate) == (7, 0, 1e-4)
     assert config.name == "blue"

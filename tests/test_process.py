@@ -6,7 +6,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ ENV = {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent / 'src'}"}
 
 
 @pytest.fixture(autouse=True)
-def _import_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE))
-    yield
 
 
 def worker() -> WorkerProcess:
@@ -101,7 +99,7 @@ def test_a_late_answer_misses_its_deadline_and_disturbs_nobody() -> None:
     async def scenario() -> None:
         async with worker() as w:
             await w.ask(Echo(text="up"), deadline_s=10)
-            with pytest.raises(DeadlineExceeded, match="Ignore to echo_worker: no answer within 0.05 s"):
+            with pytest.raises(DeadlineExceeded, match=r"Ignore to echo_worker: no answer within 0\.05 s"):
                 await w.ask(Ignore(), deadline_s=0.05)
             assert (await w.ask(Echo(text="a"), deadline_s=10)).text == "a"
             assert (await w.ask(Echo(text="b"), deadline_s=10)).text == "b"

@@ -79,8 +79,8 @@ def test_levels_one_to_six_occur_and_no_other() -> None:
 def test_a_task_is_the_same_in_another_process_with_other_hashes() -> None:
     code = (
         "import hashlib; from ale.envs.families import *; "
-        "print(hashlib.sha256(''.join(make(f, s).content_hash for f in [*TRAINED, *UNSEEN] for s in range(20)).encode())"
-        ".hexdigest()); print(next(make_splits(20, 6, 1).train(3)).id)"
+        "hashes = ''.join(make(f, s).content_hash for f in [*TRAINED, *UNSEEN] for s in range(20)); "
+        "print(hashlib.sha256(hashes.encode()).hexdigest()); print(next(make_splits(20, 6, 1).train(3)).id)"
     )
     mine = hashlib.sha256("".join(make(f, s).content_hash for f in FAMILIES for s in SEEDS).encode()).hexdigest()
     first = next(make_splits(20, 6, 1).train(3)).id

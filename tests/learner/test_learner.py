@@ -116,7 +116,7 @@ def test_the_router_loss_is_that_of_each_sequence_and_reaches_the_router(nano: A
         ids = torch.tensor(array.numpy()[None].astype(np.int64))
         logits = nano(ids, output_router_logits=True).router_logits
         for layer in logits:
-            p = layer.softmax(-1)
+            p = layer.detach().softmax(-1)
             f = torch.zeros(8)
             for row in p:
                 f[row.topk(2).indices] += 1 / len(p)
@@ -144,7 +144,9 @@ def test_an_even_load_has_the_smallest_router_loss() -> None:
     assert float(_router_loss([noise], 1, padded)) == pytest.approx(1.0)
 
 
-def test_a_sample_that_counts_for_nothing_still_counts_in_the_normaliser(nano_path: Path, make_learner: MakeLearner) -> None:
+def test_a_sample_that_counts_for_nothing_still_counts_in_the_normaliser(
+    nano_path: Path, make_learner: MakeLearner
+) -> None:
     samples = make_samples(load_model(nano_path), 6)
     idle = [Sample(s.trajectory, 0.0) for s in make_samples(load_model(nano_path), 6, seed=9)]
     idle = [changed(s, id=f"idle{i}") for i, s in enumerate(idle)]
@@ -169,7 +171,12 @@ def test_an_update_moves_probability_towards_what_was_rewarded(nano: Any, make_l
     samples = make_samples(nano)
     learner = make_learner(nano, learning_rate=1e-3)
     for _ in range(3):
-        learner.learn([changed(s, version_A=Array.of(np.full(s.trajectory.action_tokens, learner.version), "int32")) for s in samples])
+        learner.learn(
+            [
+                changed(s, version_A=Array.of(np.full(s.trajectory.action_tokens, learner.version), "int32"))
+                for s in samples
+            ]
+        )
     for sample in samples:
         t = sample.trajectory
         gain = float(logp_of(nano, t.tokens_T, t.chunks).mean()) - float(t.logp_A.numpy().mean())
@@ -188,9 +195,9 @@ def test_a_trajectory_with_a_broken_recording_is_dropped_by_name_and_the_rest_tr
     found = gradient(learner, bad)
     expected = gradient(make_learner(load_model(nano_path), **STILL), samples[:2] + samples[3:])
     assert apart(found, expected) < 1e-6
-    assert learner.learn([changed(s, version_A=Array.of(np.ones(s.trajectory.action_tokens), "int32")) for s in bad]).dropped == {
-        "t2": "logp_not_finite"
-    }
+    assert learner.learn(
+        [changed(s, version_A=Array.of(np.ones(s.trajectory.action_tokens), "int32")) for s in bad]
+    ).dropped == {"t2": "logp_not_finite"}
 
 
 @pytest.mark.parametrize("pi_old", ["mu", "snapshot", "proximal"])
@@ -224,7 +231,8 @@ def test_a_trajectory_the_policy_gives_nan_is_dropped_and_the_update_is_that_of_
 
 def test_a_batch_of_which_nothing_is_left_goes_on(nano: Any, make_learner: MakeLearner) -> None:
     samples = [
-        changed(s, logp_A=Array.of(np.full(s.trajectory.action_tokens, math.nan), "float32")) for s in make_samples(nano, 3)
+        changed(s, logp_A=Array.of(np.full(s.trajectory.action_tokens, math.nan), "float32"))
+        for s in make_samples(nano, 3)
     ]
     learner = make_learner(nano, learning_rate=1.0)
     before = weights(nano)
@@ -234,7 +242,9 @@ def test_a_batch_of_which_nothing_is_left_goes_on(nano: Any, make_learner: MakeL
     assert all(torch.equal(weight, before[name]) for name, weight in weights(nano).items())
 
 
-def test_a_trajectory_without_action_tokens_trains_nothing_and_breaks_nothing(nano: Any, make_learner: MakeLearner) -> None:
+def test_a_trajectory_without_action_tokens_trains_nothing_and_breaks_nothing(
+    nano: Any, make_learner: MakeLearner
+) -> None:
     empty = {"chunks": (), "logp_A": Array.of([], "float32"), "version_A": Array.of([], "int32")}
     empty["logp_sampled_A"] = empty["logp_A"]
     (sample,) = make_samples(nano, 1)
@@ -279,7 +289,9 @@ def test_the_named_alternatives_to_the_snapshot(nano: Any, make_learner: MakeLea
     assert truth == {}
 
 
-def test_a_sample_whose_weights_are_gone_is_an_error_that_names_both_versions(nano: Any, make_learner: MakeLearner) -> None:
+def test_a_sample_whose_weights_are_gone_is_an_error_that_names_both_versions(
+    nano: Any, make_learner: MakeLearner
+) -> None:
     learner = make_learner(nano, slots=2)
     samples = make_samples(nano, 2)
     learner.learn(samples)
@@ -312,15 +324,15 @@ def test_dropout_is_off_in_training(make_learner: MakeLearner) -> None:
 
 
 def tiny_llama(**changes: Any) -> Any:
-    settings: dict[str, Any] = dict(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
@@ -384,7 +396,9 @@ def test_the_warm_start_leaves_no_optimizer_state_behind(nano_path: Path, make_l
     fresh.model.load_state_dict(learner.model.state_dict())
     samples = make_samples(fresh.model, 4)
     fresh.ring.publish(0, fresh.model)
-    moved = learner.learn([changed(s, version_A=Array.of(np.ones(s.trajectory.action_tokens), "int32")) for s in samples])
+    moved = learner.learn(
+        [changed(s, version_A=Array.of(np.ones(s.trajectory.action_tokens), "int32")) for s in samples]
+    )
     expected = fresh.learn(samples)
     assert moved.values["learning_rate"] == expected.values["learning_rate"] == pytest.approx(1e-3 / 4)
     for (name, a), b in zip(weights(learner.model).items(), weights(fresh.model).values(), strict=True):

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from safetensors.torch import load_file, save_file
 from transformers import GraniteConfig, GraniteForCausalLM
 
@@ -54,7 +53,9 @@ def test_digits_stand_alone_and_a_word_is_one_token_wherever_it_stands(tmp_path:
         assert oak in tokenizer.encode(text, add_special_tokens=False), text
 
 
-@pytest.mark.parametrize("text", ["Copy oak.txt", " two  spaces ", "tab\tand\nline\n", "naïve — 東京 🙂", "a_b$(c)|`d`", ""])
+@pytest.mark.parametrize(
+    "text", ["Copy oak.txt", " two  spaces ", "tab\tand\nline\n", "naïve — 東京 🙂", "a_b$(c)|`d`", ""]
+)
 def test_any_text_comes_back_from_its_tokens(nano_tokenizer: Any, text: str) -> None:
     ids = nano_tokenizer.encode(text, add_special_tokens=False)
     assert nano_tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -120,5 +121,5 @@ def test_a_model_that_scales_its_logits_is_refused_rather_than_sampled_wrongly(n
     )  # fmt: skip
     GraniteForCausalLM(config).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((nano_path / "tokenizer.json").read_bytes())
-    with pytest.raises(ModelError, match="GraniteForCausalLM .* scales or caps its logits"):
+    with pytest.raises(ModelError, match=r"GraniteForCausalLM .* scales or caps its logits"):
         load_model(tmp_path)

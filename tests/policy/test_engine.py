@@ -20,16 +20,16 @@ def tokens(turn: Any) -> list[int]:
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    settings: dict[str, Any] = dict(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**settings | changes))
 
@@ -74,7 +74,9 @@ def test_recorded_log_probabilities_are_those_of_the_training_forward(
         np.testing.assert_array_equal(turn.logp_A.numpy(), turn.logp_sampled_A.numpy())
 
 
-def test_where_the_log_probabilities_disagree_the_router_chose_another_expert(nano: Any, ask: Any, prompts: Any) -> None:
+def test_where_the_log_probabilities_disagree_the_router_chose_another_expert(
+    nano: Any, ask: Any, prompts: Any
+) -> None:
     """Four experts at a time share their router weights but for a rounding error, and two are chosen: ties that the
     order of summation decides. Engine and training forward sum in different orders."""
     torch.manual_seed(0)
@@ -106,7 +108,9 @@ def test_where_the_log_probabilities_disagree_the_router_chose_another_expert(na
     assert unexplained == 0
 
 
-def test_a_turn_on_the_kept_cache_gives_the_tokens_of_a_fresh_prompt(nano: Any, ask: Any, drive: Any, prompts: Any) -> None:
+def test_a_turn_on_the_kept_cache_gives_the_tokens_of_a_fresh_prompt(
+    nano: Any, ask: Any, drive: Any, prompts: Any
+) -> None:
     engine = Engine(nano, rows=4)
     for i, prompt in enumerate(prompts[:6]):
         (first,) = drive(engine, [ask(f"s{i}", prompt, max_tokens=12, seed=i)]).values()
@@ -138,7 +142,9 @@ def test_the_very_same_prompt_again_computes_its_last_token_anew(nano: Any, ask:
     assert tokens(first) == tokens(again)
 
 
-def test_each_token_belongs_to_the_weights_that_computed_it(nano_path: Any, ask: Any, prompts: Any, training_logp: Any) -> None:
+def test_each_token_belongs_to_the_weights_that_computed_it(
+    nano_path: Any, ask: Any, prompts: Any, training_logp: Any
+) -> None:
     from ale.models.load import load_model
 
     models = [load_model(nano_path) for _ in range(3)]
@@ -196,9 +202,7 @@ def test_a_sequence_gets_the_same_tokens_alone_and_among_thirty(nano: Any, ask: 
 
 def test_rows_stay_right_when_sequences_end_out_of_order(nano: Any, ask: Any, drive: Any, prompts: Any) -> None:
     lengths = [9, 2, 17, 1, 5, 30, 3, 11]
-    requests = [
-        ask(f"s{i}", p, max_tokens=n, seed=i) for i, (p, n) in enumerate(zip(prompts, lengths, strict=False))
-    ]
+    requests = [ask(f"s{i}", p, max_tokens=n, seed=i) for i, (p, n) in enumerate(zip(prompts, lengths, strict=False))]
     together = drive(Engine(nano, rows=5), requests)
     for i, request in enumerate(requests):
         (alone,) = drive(Engine(nano), [request]).values()
@@ -308,7 +312,9 @@ def test_truncated_sampling_reports_both_log_probabilities(nano: Any, ask: Any, 
         ([3], {"top_k": 0}, "Sampling.top_k"),
     ],
 )
-def test_a_request_that_cannot_run_is_refused_by_name(nano: Any, ask: Any, prompt: Any, sampling: Any, named: str) -> None:
+def test_a_request_that_cannot_run_is_refused_by_name(
+    nano: Any, ask: Any, prompt: Any, sampling: Any, named: str
+) -> None:
     engine = Engine(nano)
     with pytest.raises(PolicyError, match=named):
         engine.add(0, ask("s", prompt, **sampling))
@@ -323,7 +329,7 @@ def test_a_prompt_of_one_token_runs(nano: Any, ask: Any, drive: Any, training_lo
 def test_a_sequence_may_fill_the_models_last_position(ask: Any, drive: Any, training_logp: Any) -> None:
     model = tiny_llama(max_position_embeddings=64)
     prompt = list(range(60))
-    (turn, _) = (turns := drive(Engine(model), [ask("s", prompt, max_tokens=4), ask("t", [1], max_tokens=9)])).values()
+    turns = drive(Engine(model), [ask("s", prompt, max_tokens=4), ask("t", [1], max_tokens=9)])
     np.testing.assert_allclose(training_logp(model, prompt, turns[0]), turns[0].logp_A.numpy(), atol=1e-4)
 
 

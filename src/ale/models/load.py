@@ -37,20 +37,22 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     model, info = loaded
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(info["missing_keys"])
-        raise ModelError(f"model.path: the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them.")
+        raise ModelError(
+            f"model.path: the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them."
+        )
     _check_head(model, directory)
     return model
 
 
 @torch.inference_mode()
 def _check_head(model: PreTrainedModel, directory: Path) -> None:
-    """Engine and learner apply the head to the positions they need: that must be all the model does after its body."""
+    """Engine and learner apply the head to the positions they need: a model must do no more after its body."""
     ids = torch.arange(2)[None]
     apart = model.get_output_embeddings()(hidden_states(model, input_ids=ids).last_hidden_state) - model(ids).logits
     if not bool(apart.abs().max() < 1e-3):
         raise ModelError(
-            f"model.path: {type(model).__name__} in {directory} scales or caps its logits after the head (or gives NaN), "
-            "which is not supported."
+            f"model.path: {type(model).__name__} in {directory} scales or caps its logits after the head (or gives "
+            "NaN), which is not supported."
         )
 
 
