@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,17 +144,29 @@ class RunConfig(_Section, frozen=True):
         _positive(self.rollout, "rollout", "group_size", "groups_per_step", "concurrency")
         _positive(self.agent, "agent", "max_turns", "max_turn_tokens", "max_context_tokens", "command_timeout_s")
         _positive(self.model, "model", "threads")
+        _positive(self.sandbox, "sandbox", "memory_mb", "pids")
         _positive(self.learner, "learner", "max_grad_norm", "epochs", "micro_tokens", "step_deadline_s")
         for value, name in (
             (self.rollout.max_lag, "rollout.max_lag"),
             (self.learner.updates, "learner.updates"),
             (self.learner.learning_rate, "learner.learning_rate"),
             (self.rollout.temperature, "rollout.temperature"),
+            (self.eval.temperature, "eval.temperature"),
+            (self.tasks.heldout, "tasks.heldout"),
+            (self.tasks.families, "tasks.families"),
+            (self.warm_start.steps, "warm_start.steps"),
+            (self.warm_start.learning_rate, "warm_start.learning_rate"),
         ):
-            if value < 0:
+            if not value >= 0:  # TOML knows nan
                 raise ValueError(f"{name} must not be negative, got {value}")
+            if value == math.inf:
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature must be positive: greedy rollouts of a task are all the same")
+        if not 0 < self.rollout.top_p <= 1:
+            raise ValueError(f"rollout.top_p must be above 0 and at most 1, got {self.rollout.top_p}")
+        if self.rollout.top_k is not None and self.rollout.top_k < 1:
+            raise ValueError(f"rollout.top_k must be at least 1, or left out to be off, got {self.rollout.top_k}")
         if self.rollout.group_size < 2 and self.algorithm.baseline in ("group_mean", "group_norm", "leave_one_out"):
             raise ValueError(
                 f'rollout.group_size is {self.rollout.group_size}, but algorithm.baseline = "{self.algorithm.baseline}" '
@@ -218,7 +231,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     try:
         value: Any = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
-        value = raw
+        value = raw.strip()
     *sections, field = key.strip().split(".")
     node = tree
     for section in sections:

@@ -163,7 +163,8 @@ class WorkerProcess:
 
     async def _last_words(self) -> None:
         """The socket closes before the process has ended and all it printed has been read: waits for both, briefly."""
-        await asyncio.wait({self._end(), self._errors}, timeout=_LAST_WORDS_S)
+        both: set[asyncio.Future[Any]] = {self._end(), self._errors}
+        await asyncio.wait(both, timeout=_LAST_WORDS_S)
 
     def _death(self) -> WorkerDied:
         said = self._stderr.decode(errors="replace").strip() or "it printed nothing"

@@ -154,7 +154,7 @@ class Learner:
             broken_A = ~logp_A.detach().isfinite()
             if broken_A.any():
                 self.optimizer.zero_grad(set_to_none=True)
-                raise _LogpNotFinite([batch.index[row] for row in batch.action_row_A[broken_A].unique().tolist()])
+                raise _LogpNotFinite([batch.index[row] for row in set(batch.action_row_A[broken_A].tolist())])
             result = goal.loss(logp_A, part, count)
             loss = result.loss
             if router is not None:

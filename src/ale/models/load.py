@@ -19,7 +19,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     directory = check_model_path(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a damaged file raises depends on the library that reads it
         raise ModelError(f"model.path: the tokenizer in {directory} cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
         raise ModelError(f"model.path: the tokenizer in {directory} has no chat template, which an agent needs.")
@@ -29,12 +29,31 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     directory = check_model_path(path)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype=dtype, attn_implementation="sdpa"
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # what a damaged file raises depends on the library that reads it
         raise ModelError(f"model.path: the model in {directory} cannot be loaded: {error}") from error
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"model.path: the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them."
+        )
+    _check_head(model, directory)
     return model
+
+
+@torch.inference_mode()
+def _check_head(model: PreTrainedModel, directory: Path) -> None:
+    """Engine and learner apply the head to the positions they need: a model must do no more after its body."""
+    ids = torch.arange(2)[None]
+    apart = model.get_output_embeddings()(hidden_states(model, input_ids=ids).last_hidden_state) - model(ids).logits
+    if not bool(apart.abs().max() < 1e-3):
+        raise ModelError(
+            f"model.path: {type(model).__name__} in {directory} scales or caps its logits after the head (or gives "
+            "NaN), which is not supported."
+        )
 
 
 def hidden_states(model: PreTrainedModel, **inputs: Any) -> Any:

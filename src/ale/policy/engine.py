@@ -198,7 +198,9 @@ class Engine:
             ids_BQ = torch.tensor([[s.tokens[-1]] for s in sequences])
             position_BQ = torch.tensor(start_B)[:, None]
         else:
-            ids_BQ = torch.tensor([s.tokens[s.cached :] + [0] * (width - n) for s, n in zip(sequences, count_B, strict=True)])
+            ids_BQ = torch.tensor(
+                [s.tokens[s.cached :] + [0] * (width - n) for s, n in zip(sequences, count_B, strict=True)]
+            )
             position_BQ = torch.tensor(start_B)[:, None] + torch.arange(width)
         end = max(s + n for s, n in zip(start_B, count_B, strict=True))
         position_BQ = position_BQ.clamp(max=end - 1)  # padding after a long row must not pass the model's last position

@@ -1,0 +1,132 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ale.config import RunConfig, dump, load, parse
+from ale.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_an_empty_file_is_the_defaults_named_after_the_file(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "")) == RunConfig(name="mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sed = 1", "there is no field sed; did you mean seed?"),
+        ("[learner]\nlearning_rat = 1", "there is no field learner.learning_rat; did you mean learner.learning_rate?"),
+        ("[rolout]\n", "there is no field rolout; did you mean rollout?"),
+        ("[rollout]\nzzz = 1", "there is no field rollout.zzz; there are: group_size, groups_per_step"),
+        ("seed = 'one'", "field seed: Expected `int`, got `str`"),
+        ("[model]\nthreads = 1.5", "field model.threads: Expected `int`, got `float`"),
+        ("[learner]\nlearning_rate = true", "field learner.learning_rate: Expected `float`, got `bool`"),
+        ("rollout = 3", "field rollout: Expected `object`, got `int`"),
+        ("[algorithm]\nobjective = 'ppo'", "field algorithm.objective: Invalid enum value 'ppo'"),
+        ("[warm_start.by_family]\ncopy = 'x'", "warm_start.by_family[...]: Expected `int`, got `str`"),
+        ("[rollout]\ngroup_size = 1", "rollout.group_size is 1"),
+        ("[rollout]\ngroup_size = 0", "rollout.group_size must be positive, got 0"),
+        ("[rollout]\nmax_lag = -1", "rollout.max_lag must not be negative, got -1"),
+        ("[rollout]\ntemperature = 0.0", "rollout.temperature must be positive"),
+        ("[rollout]\ntop_p = 0.0", "rollout.top_p must be above 0 and at most 1, got 0.0"),
+        ("[rollout]\ntop_k = 0", "rollout.top_k must be at least 1"),
+        ("[learner]\nlearning_rate = nan", "learner.learning_rate must not be negative, got nan"),
+        ("[learner]\nlearning_rate = inf", "learner.learning_rate must be finite, got inf"),
+        ("[learner]\nmax_grad_norm = nan", "learner.max_grad_norm must be positive, got nan"),
+        ("[tasks]\nheldout = -1", "tasks.heldout must not be negative, got -1"),
+        ("[eval]\ntemperature = -0.1", "eval.temperature must not be negative, got -0.1"),
+        ("[sandbox]\nmemory_mb = 0", "sandbox.memory_mb must be positive, got 0"),
+        ("seed = ", "is not valid TOML"),
+    ],
+)
+def test_every_error_names_the_file_and_the_field(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_readable_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration file .*nowhere.toml"):
+        load(tmp_path / "nowhere.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b"name = '\xe9'")
+    with pytest.raises(ConfigError, match=r"latin.toml cannot be read"):
+        load(tmp_path / "latin.toml")
+
+
+def test_overrides_beat_the_file_and_take_toml_or_bare_words(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed = 1\n[rollout]\nmax_lag = 2\n")
+    config = load(
+        path,
+        ["seed=7", "rollout.max_lag=0", "learner.learning_rate = 1e-4", "name= blue", "warm_start.by_family.copy=3"],
+    )
+    assert (config.seed, config.rollout.max_lag, config.learner.learning_rate) == (7, 0, 1e-4)
+    assert config.name == "blue"
+    assert config.warm_start.by_family == {"copy": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "'seed' is not of the form section.field=value"),
+        ("=1", "'=1' is not of the form"),
+        ("seed.deep=1", "goes into 'seed', which is a value"),
+        ("rollout.max_lagg=1", "did you mean rollout.max_lag?"),
+        ("rollout.max_lag=soon", "field rollout.max_lag: Expected `int`, got `str`"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_name(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, "seed = 1"), [override])
+    assert said in str(caught.value)
+
+
+def test_a_group_of_one_is_fine_where_nothing_is_compared() -> None:
+    tree = {"rollout": {"group_size": 1}, "algorithm": {"baseline": "signed"}}
+    assert parse(tree).rollout.group_size == 1
+
+
+def valid(kind: Any) -> st.SearchStrategy[Any]:
+    """Values that any field of this type takes: positive, and within every bound."""
+    strategies: dict[Any, st.SearchStrategy[Any]] = {
+        int: st.integers(2, 10**6),
+        float: st.floats(1e-6, 1.0),
+        bool: st.booleans(),
+        str: st.text(max_size=8),
+        dict[str, int]: st.dictionaries(st.text(max_size=4), st.integers(0, 9), max_size=3),
+        int | None: st.none() | st.integers(1, 99),
+        float | None: st.none() | st.floats(1e-6, 1.0),
+    }
+    return strategies.get(kind, st.nothing())
+
+
+def trees(struct: Any) -> st.SearchStrategy[dict[str, Any]]:
+    fields = {}
+    for field in msgspec.structs.fields(struct):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            fields[field.name] = trees(field.type)
+        elif not valid(field.type).is_empty:
+            fields[field.name] = valid(field.type)
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+@given(trees(RunConfig))
+def test_what_is_dumped_parses_to_the_same_configuration(tree: dict[str, Any]) -> None:
+    config = parse(tree)
+    assert parse(json.loads(dump(config))) == config
+    for name, value in tree.items():
+        section = getattr(config, name)
+        assert section == value or all(getattr(section, key) == inner for key, inner in value.items())
