@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -58,8 +59,25 @@ def unsafe(runner: asyncio.Runner) -> Iterator[SandboxEngine]:
         yield from held(runner, open_engine("unsafe-process"))
 
 
+def monitors_of(engine: SandboxEngine) -> list[str]:
+    """The bwrap processes on the host that belong to an engine."""
+    bottom = f"{engine.capabilities()['state']}/tools/empty".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if bottom in (entry / "cmdline").read_bytes():
+                found.append(entry.name)
+    return found
+
+
+@pytest.fixture
+def bwraps() -> Callable[[SandboxEngine], list[str]]:
+    return monitors_of
+
+
 @pytest.fixture(params=["local", "unsafe-process"])
 def engine(request: pytest.FixtureRequest) -> Iterator[SandboxEngine]:
     engine: SandboxEngine = request.getfixturevalue("local" if request.param == "local" else "unsafe")
     yield engine
     assert engine.statistics().alive == 0
+    assert not monitors_of(engine)

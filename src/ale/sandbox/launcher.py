@@ -4,13 +4,14 @@ The engine cannot do this well itself: `--die-with-parent` binds a sandbox to th
 process that holds a model is dear, and the engine may not give up its user while sandboxes must not run as root. So
 the launcher gives up its user once, and starts everything with posix_spawn from its only thread. When the engine goes,
 however it goes, the launcher kills every sandbox, waits until the kernel has taken the last process of each, removes
-their cgroups and the engine's directory, and ends. Should it be killed too, the sandboxes die with it.
+their cgroups and their files, and ends. Should it be killed too, the sandboxes die with it.
 
 Messages are JSON, one per SOCK_SEQPACKET datagram.
 Engine to launcher: {"spawn": id, "argv", "limits"}, with descriptors 0 to 2 as ancillary data
                     {"kill": id}
 Launcher to engine: {"ready": pid}
-                    {"ended": id, "exit_code", "setup": whether the command was reached} or {"ended": id, "error": why}
+                    {"ended": id, "exit_code", "setup": whether the command was reached, "out_of_memory": whether that
+                    is why}, or {"ended": id, "error": why it was not started}
 A sandbox has ended when its last process is gone: bwrap's monitor is reaped and process 1 of the namespace is dead.
 """
 
@@ -32,6 +33,7 @@ _MAX_MESSAGE = 1 << 20
 _END_S = 30.0  # beyond this a process is stuck in the kernel, and the next start's sweep has to do
 _FIRST_FREE_FD = 10  # below lie the descriptors that a sandbox starts with
 SECCOMP_FD, STATUS_FD = 3, 4
+_KILLED = (-9, 128 + 9)  # of the monitor, of process 1
 _OOM_SCORE_ADJ = "500"  # when the host runs out of memory a sandbox goes before the training run
 
 
@@ -188,13 +190,14 @@ class Launcher:
         os.close(fd)
 
     def kill(self, job: Job) -> None:
-        """Kills process 1 of the namespaces, and the kernel kills the rest; before it is known, the monitor."""
+        """Kills process 1 of the namespaces, and the kernel kills the rest; as soon as bwrap has named it.
+
+        Never the monitor: killed too early it leaves a child behind that waits for it forever.
+        """
         job.killed = True
-        with contextlib.suppress(ProcessLookupError):
-            if job.init_pidfd is not None and job.init_alive:
+        if job.init_pidfd is not None and job.init_alive:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(job.init_pidfd, signal.SIGKILL)
-            elif job.monitor_code is None:
-                os.kill(job.monitor, signal.SIGKILL)
 
     def reap(self) -> None:
         for job in list(self.jobs.values()):
@@ -224,17 +227,22 @@ class Launcher:
         if job.status_fd is not None:
             self.forget_fd(job.status_fd)
         del self.jobs[job.name]
+        exit_code = report.get("exit-code", job.monitor_code)
         self.tell(
             {
                 "ended": job.name,
-                "exit_code": report.get("exit-code", job.monitor_code),
+                "exit_code": exit_code,
                 "setup": "exit-code" in report or job.killed,
+                "out_of_memory": not job.killed and exit_code in _KILLED and out_of_memory(job.cgroups),
             }
         )
         remove_cgroups(job.cgroups)
 
     def end(self) -> None:
-        """Kills every sandbox, waits for the last process of each, and removes the engine's directory."""
+        """Kills every sandbox, waits for the last process of each, and removes their files.
+
+        The directory itself, its lock and cgroups take the engine's rights: `state.sweep` removes them.
+        """
         self.poller.unregister(self.control.fileno())
         self.poller.unregister(self.engine_pidfd)
         for job in self.jobs.values():
@@ -247,7 +255,22 @@ class Launcher:
                 elif fd in self.by_fd:
                     self.progress(fd)
             self.reap()
-        remove_tree(self.directory)
+        for pid in children():  # of a monitor that somebody else killed too early
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for name in ("boxes", "layers", "tools"):
+            remove_tree(os.path.join(self.directory, name))
+
+
+def children() -> list[int]:
+    """The living children of this process, adopted ones included."""
+    found: list[int] = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as stat:
+                if stat.read().rpartition(")")[2].split()[1] == str(os.getpid()):
+                    found.append(int(name))
+    return found
 
 
 def write(path: str, text: str) -> None:
@@ -256,6 +279,16 @@ def write(path: str, text: str) -> None:
         os.write(fd, text.encode())
     finally:
         os.close(fd)
+
+
+def out_of_memory(directories: Iterable[str]) -> bool:
+    """Whether the kernel killed a process for memory in one of these groups."""
+    for directory in directories:
+        for file in ("memory.oom_control", "memory.events"):  # v1, v2
+            with contextlib.suppress(OSError), open(f"{directory}/{file}") as lines:
+                if any(line.startswith("oom_kill ") and line.split()[1] != "0" for line in lines):
+                    return True
+    return False
 
 
 def remove_cgroups(directories: Iterable[str]) -> None:

@@ -28,6 +28,8 @@ class Ended(msgspec.Struct, frozen=True):
 
     exit_code: int
     setup: bool
+    out_of_memory: bool
+    """The kernel ended the whole sandbox because it used more memory than it may."""
 
 
 class LauncherConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +46,11 @@ class Launched:
     def __init__(self, client: LauncherClient, name: str, ended: asyncio.Future[Ended]) -> None:
         self.name, self.ended = name, ended
         self._client = client
+
+    async def end(self, patience_s: float) -> Ended:
+        """Waits for an end that is near, and kills if it is not."""
+        await asyncio.wait([self.ended], timeout=patience_s)
+        return await self.kill()
 
     async def kill(self) -> Ended:
         """Kills what is left and waits for the end. Raises DeadlineExceeded when the kernel does not let go."""
@@ -167,7 +174,7 @@ class LauncherClient:
             launched.ended.set_exception(SandboxError(message["error"]))
             launched.ended.exception()  # a caller that was cancelled need not look
         else:
-            launched.ended.set_result(Ended(message["exit_code"], message["setup"]))
+            launched.ended.set_result(Ended(message["exit_code"], message["setup"], message["out_of_memory"]))
 
     def _lost(self) -> None:
         if self._gone:

@@ -104,6 +104,11 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def tree_bytes(tree: Path) -> int:
+    """What the files of a tree take on disk."""
+    return sum(path.lstat().st_blocks * 512 for path in tree.rglob("*"))
+
+
 def signature_of(source: str) -> str:
     """Changes whenever a name, mode, size or time in the tree does: what a copy may be reused by."""
     entries: list[str] = []

@@ -21,7 +21,7 @@ import msgspec
 
 from ale.errors import SandboxError
 from ale.sandbox.bwrap import Bind, CommandLine, Overlay, copy_within_reach, find_bwrap, make_etc, unavailable
-from ale.sandbox.cgroup import make_cgroups
+from ale.sandbox.cgroup import find_parents, make_cgroups
 from ale.sandbox.enforcement import Enforcement
 from ale.sandbox.foundation import Foundation
 from ale.sandbox.interpreter import Interpreter
@@ -197,7 +197,9 @@ async def open_local(*, state_dir: Path | None = None, bwrap: Path | None = None
     try:
         state = StateDirectory.make(parent, user)
         stack.push_async_callback(asyncio.to_thread, state.remove)
-        cgroups = make_cgroups(state.name, user)
+        parents = find_parents()
+        state.record(parents.directories(state.name))
+        cgroups = make_cgroups(state.name, user, parents)
         stack.push_async_callback(asyncio.to_thread, cgroups.remove)
         line, interpreter = await asyncio.to_thread(furnish, state, binary)
         config = LauncherConfig(

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from ale.errors import SandboxError
 from ale.sandbox.foundation import Foundation, LocalSnapshot
 from ale.sandbox.launcher import remove_tree
-from ale.sandbox.namespace import Namespace
+from ale.sandbox.layers import tree_bytes
+from ale.sandbox.namespace import Namespace, OutOfMemory
 from ale.sandbox.port import MAX_FILE_BYTES, Command, Completed, SandboxSpec, SandboxStatistics, environment
 from ale.sandbox.shielded import shielded
 
 if TYPE_CHECKING:
     from ale.sandbox.local import LocalEngine
+
+_MB = 1024 * 1024
+# A sandbox whose files took all its memory goes on with this much for its processes, so many times.
+_LEAST_MEMORY_MB = 32
+_MAX_OUT_OF_MEMORY = 3
 
 
 class LocalSandbox:
@@ -30,6 +39,7 @@ class LocalSandbox:
         self._box: Path | None = None  # of the current upper directory
         self._changing = asyncio.Lock()  # start, snapshot and close exclude one another
         self._broken: SandboxError | None = None
+        self._out_of_memory = 0  # how often
         self._closed = False
         self._commands = self._timed_out = self._snapshots = 0
 
@@ -59,8 +69,13 @@ class LocalSandbox:
         if self._box is None:
             self._box = self._engine.make_box(namespace.name)
         overlay = self._foundation.overlay(self._engine.bottom, self._box / "upper", self._box / "work")
+        spec = self._spec
+        if self._out_of_memory:  # its files still take what the ended processes no longer do
+            used_mb = await asyncio.to_thread(tree_bytes, self._box) // _MB
+            memory_mb = max(_LEAST_MEMORY_MB, spec.limits.memory_mb - used_mb)
+            spec = structs.replace(spec, limits=structs.replace(spec.limits, memory_mb=memory_mb))
         try:
-            await self._engine.launch(namespace, self._spec, overlay, self._foundation.binds)
+            await self._engine.launch(namespace, spec, overlay, self._foundation.binds)
         except BaseException:
             await shielded(namespace.end())
             raise
@@ -70,16 +85,19 @@ class LocalSandbox:
         namespace = await self._running()
         limits = self._spec.limits
         env = environment(self._spec, command)
-        with self._failures_of(namespace):
-            completed = await namespace.run(
-                [os.fsencode(part) for part in self._engine.argv(command)],
-                [os.fsencode(f"{name}={value}") for name, value in env.items()],
-                os.fsencode(self._path(command.cwd or "")),
-                command.stdin,
-                timeout_s=command.timeout_s,
-                cpu_s=limits.cpu_s,
-                output_bytes=limits.output_bytes,
-            )
+        try:
+            with self._failures_of(namespace):
+                completed = await namespace.run(
+                    [os.fsencode(part) for part in self._engine.argv(command)],
+                    [os.fsencode(f"{name}={value}") for name, value in env.items()],
+                    os.fsencode(self._path(command.cwd or "")),
+                    command.stdin,
+                    timeout_s=command.timeout_s,
+                    cpu_s=limits.cpu_s,
+                    output_bytes=limits.output_bytes,
+                )
+        except OutOfMemory as error:
+            completed = Completed(signal=signal.SIGKILL, stderr=f"killed: {error}\n".encode()[: limits.output_bytes])
         self._commands += 1
         self._timed_out += completed.timed_out
         self._engine.commands += 1
@@ -109,6 +127,13 @@ class LocalSandbox:
     def _failures_of(self, namespace: Namespace) -> Iterator[None]:
         try:
             yield
+        except OutOfMemory as error:
+            if namespace is self._namespace:
+                self._namespace = None
+                self._out_of_memory += 1
+                if self._out_of_memory > _MAX_OUT_OF_MEMORY:
+                    self._broken = error
+            raise
         except SandboxError as error:
             if namespace is self._namespace and self._broken is None:  # not ended on purpose by snapshot or close
                 self._broken = error

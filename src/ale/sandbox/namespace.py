@@ -11,14 +11,19 @@ from typing import Any
 
 from ale.errors import DeadlineExceeded, SandboxError
 from ale.sandbox.channel import GRACE_S, Channel
-from ale.sandbox.frames import completed
+from ale.sandbox.frames import Frame, completed
 from ale.sandbox.launcher_client import Launched, LauncherClient
 from ale.sandbox.port import Completed
 from ale.sandbox.rocklet import DATA, DONE, FAILED, READ, READY, RUN, WRITE, WROTE
 
 _START_S = 30.0
 _FILE_S = 30.0
+_DYING_S = 1.0
 _SAID_BYTES = 2000  # of what bwrap and the rocklet print when they fail
+
+
+class OutOfMemory(SandboxError):
+    """The kernel ended every process of the sandbox, which used more memory than it may: the command's own doing."""
 
 
 class Namespace:
@@ -56,10 +61,14 @@ class Namespace:
                 return
         await launched.kill()  # when the launcher could not even start bwrap, this says why
         said = os.pread(self._stderr, _SAID_BYTES, 0).decode("utf-8", "replace").strip()
-        raise SandboxError(f"sandbox {self.name} did not start: {said or 'no reason given'}")
+        raise SandboxError(f"it did not start: {said or 'no reason given'}")
 
-    def _on_broken(self, _: SandboxError) -> None:
-        if self._launched is not None:
+    def _on_broken(self, gone: bool) -> None:
+        if self._launched is None:
+            return
+        if gone:  # what ended process 1 is told by its end, unless a kill comes first
+            asyncio.get_running_loop().call_later(_DYING_S, self._launched.kill_soon)
+        else:
             self._launched.kill_soon()
 
     async def run(
@@ -75,11 +84,10 @@ class Namespace:
     ) -> Completed:
         """Runs a command, once. Past its time-out and a grace the whole namespace is killed, which is reported as
         the time-out that it is; the next call raises SandboxError."""
-        channel = self._live()
         cpu = b"%d" % max(1, round(cpu_s)) if cpu_s is not None else b""
         fields: tuple[bytes | int, ...] = (b"%f" % timeout_s, cpu, output_bytes, cwd, stdin, len(argv), *argv, *env)
         try:
-            frame = await channel.request(RUN, *fields, deadline_s=timeout_s + GRACE_S)
+            frame = await self._request(RUN, *fields, deadline_s=timeout_s + GRACE_S)
         except DeadlineExceeded as error:
             await self._give_up(error)
             return Completed(signal=9, timed_out=True, duration_s=timeout_s + GRACE_S)
@@ -101,10 +109,10 @@ class Namespace:
 
     async def _file(self, kind: int, expected: int, path: bytes, *fields: bytes | int) -> list[bytes]:
         try:
-            frame = await self._live().request(kind, *fields, deadline_s=_FILE_S)
+            frame = await self._request(kind, *fields, deadline_s=_FILE_S)
         except DeadlineExceeded as error:
             await self._give_up(error)
-            raise SandboxError(f"sandbox {self.name}: {error}") from error
+            raise SandboxError(str(error)) from error
         if frame.kind == FAILED:
             number, reason = frame.fields
             if not number.isdigit() or len(number) > 3:
@@ -114,24 +122,31 @@ class Namespace:
             raise await self._lied(f"kind {frame.kind} in answer to a file request")
         return frame.fields
 
-    def _live(self) -> Channel:
-        if self._channel is None:
-            raise SandboxError(f"sandbox {self.name} is not running")
-        return self._channel
+    async def _request(self, kind: int, *fields: bytes | int, deadline_s: float) -> Frame:
+        assert self._channel is not None
+        assert self._launched is not None
+        try:
+            return await self._channel.request(kind, *fields, deadline_s=deadline_s)
+        except SandboxError as error:
+            ended = await self._launched.end(_DYING_S)
+            if ended.out_of_memory:
+                raise OutOfMemory("it used more memory than it may, files included") from error
+            raise
 
     async def _give_up(self, error: Exception) -> None:
-        self._live().fail(SandboxError(f"sandbox {self.name}: {error}"))
+        if self._channel is not None:
+            self._channel.fail(SandboxError(str(error)))
         await self.end()
 
     async def _lied(self, what: str) -> SandboxError:
-        error = SandboxError(f"sandbox {self.name} is broken: malformed frame: {what}")
+        error = SandboxError(f"malformed frame: {what}")
         await self._give_up(error)
         return error
 
     async def end(self) -> None:
         """Kills every process and waits until the kernel has taken the last. Idempotent."""
         if self._channel is not None:
-            self._channel.fail(SandboxError(f"sandbox {self.name} was ended"))
+            self._channel.fail(SandboxError("it was ended while this was running"))
         if self._launched is not None:
             with contextlib.suppress(SandboxError):  # the launcher has gone, and every sandbox with it
                 await self._launched.kill()

@@ -41,11 +41,11 @@ async def run_once(
             ended = await shielded(launched.kill())  # returns at once when it has ended by itself
         took_s = time.monotonic() - started
         (stdout, stdout_dropped), (stderr, stderr_dropped) = out.finish(), err.finish()
-    if not ended.setup and not timed_out:
+    if not ended.setup and not timed_out and not ended.out_of_memory:
         said = stderr.decode("utf-8", "replace").strip()
         raise SandboxError(f"a one-shot sandbox did not start: {said or f'bwrap ended with {ended.exit_code}'}")
     signal = None
-    if timed_out:
+    if timed_out or ended.out_of_memory:
         signal = int(SIGKILL)
     elif 128 < ended.exit_code <= 128 + _LAST_SIGNAL:
         signal = ended.exit_code - 128

@@ -14,15 +14,16 @@ import signal
 import stat
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from ale.sandbox import cgroup
+from ale.sandbox.cgroup import remove_groups
 from ale.sandbox.launcher import remove_tree
 
 PREFIX = "ale-sandbox-"
-_LOCK = "lock"
+_LOCK, _CGROUPS = "lock", "cgroups"
 _MIN_FREE_BYTES = 1 << 30
 _DYING_S = 3.0  # how long the processes of a killed engine may take to die
 
@@ -85,9 +86,14 @@ class StateDirectory(msgspec.Struct, frozen=True):
             raise
         return cls(path, lock_fd)
 
+    def record(self, groups: Iterable[str]) -> None:
+        """Notes the engine's cgroups where the sweep finds them. Before they are made, so that none is ever unknown."""
+        (self.path / _CGROUPS).write_text("\n".join(groups))
+
     def remove(self) -> None:
-        """What the launcher has not removed at its end. Idempotent."""
+        """Removes what the launcher has not removed at its end, because it was killed. Idempotent."""
         if self.path.exists():
+            _end_processes(self.name)
             remove_tree(self.path)
         with contextlib.suppress(OSError):
             os.close(self.lock_fd)
@@ -107,17 +113,26 @@ def sweep(parent: Path) -> list[str]:
 
     Never touches what belongs to a living engine, to another user, or was not made by an engine.
     """
-    removed: set[str] = set()
-    for path in parent.glob(f"{PREFIX}*"):
-        if not owner_lives(path.name) and _is_ours(path) and _launcher_has_ended(path):
-            _end_processes(path.name)
-            remove_tree(path)
-            removed.add(path.name)
-    for group in cgroup.groups_named(PREFIX):
-        # Its processes died with its launcher; should one live, its engine lives where this process cannot see it.
-        if not owner_lives(group.name) and not cgroup.processes_in(group) and cgroup.remove_groups(group):
-            removed.add(group.name)
-    return sorted(removed)
+    removed: list[str] = []
+    for path in sorted(parent.glob(f"{PREFIX}*")):
+        if not owner_lives(path.name) and _is_ours(path):
+            with _taken_over(path) as taken:
+                if taken:
+                    _end_processes(path.name)
+                    for group in _recorded_groups(path):
+                        remove_groups(group)
+                    remove_tree(path)
+                    removed.append(path.name)
+    return removed
+
+
+def _recorded_groups(path: Path) -> list[Path]:
+    """The cgroups that a dead engine made, by the record it kept; a group of any other name is not believed."""
+    try:
+        lines = (path / _CGROUPS).read_text().splitlines()
+    except OSError:
+        return []
+    return [Path(line) for line in lines if Path(line).name == path.name]
 
 
 def _is_ours(path: Path) -> bool:
@@ -126,24 +141,29 @@ def _is_ours(path: Path) -> bool:
     return stat.S_ISDIR(info.st_mode) and info.st_uid in users
 
 
-def _launcher_has_ended(path: Path) -> bool:
-    """Whether nobody holds the lock, given a dying launcher's time to clean up and let go."""
+@contextlib.contextmanager
+def _taken_over(path: Path) -> Iterator[bool]:
+    """Holds the lock of a dead engine's directory, given its launcher's time to clean up; False: there is no need."""
     try:
-        lock_fd = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        lock_fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
-        return path.exists()  # killed before it made the lock; or just removed by its launcher
+        yield False  # just removed by another sweep
+        return
     deadline = time.monotonic() + _DYING_S
     try:
-        while True:
-            try:
-                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return path.exists()
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return False
+        while not _locked(lock_fd) and time.monotonic() < deadline:
             time.sleep(0.01)  # a lock has no wait with a deadline
+        yield _locked(lock_fd) and path.exists()
     finally:
         os.close(lock_fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _end_processes(name: str) -> None:
@@ -161,6 +181,7 @@ def _processes_on(name: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if name in (entry / "mountinfo").read_text():
+                # bwrap has it in its arguments, whatever bwrap has become in its mounts.
+                if name.encode() in (entry / "cmdline").read_bytes() or name in (entry / "mountinfo").read_text():
                     pids.append(int(entry.name))
     return pids
