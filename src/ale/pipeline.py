@@ -49,7 +49,8 @@ from ale.messages import (
     StartPolicyOptimization,
     Trajectory,
 )
-from ale.models.load import check_model_path, load_tokenizer
+from ale.models.load import load_tokenizer
+from ale.models.path import check_model_path
 from ale.policy.embedded import EmbeddedPolicy, open_embedded
 from ale.process import WorkerProcess
 from ale.progress import EvalSummary, Phase, Progress, Rate, Summary
