@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ale.envs.families import TRAINED, UNSEEN, make
-from ale.envs.task import Task, TaskFile
 from ale.envs.task_dir import MAX_FILE_BYTES, load_task, load_tasks, write_task
 from ale.errors import TaskFormatError
+from ale.task import Task, TaskFile
 
 TEST = (TaskFile("test.sh", b"echo 1 > /logs/verifier/reward.txt\n", 0o755),)
 

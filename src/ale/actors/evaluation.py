@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from ale.bus import Bus
 from ale.config import RunConfig
-from ale.envs.task import Task
 from ale.messages import Rollout, Sampling, Trajectory
 from ale.progress import Rate
+from ale.task import Task
 
 # An episode whose sandbox or tests failed says nothing about the policy: it is run again, this often.
 _ATTEMPTS = 3

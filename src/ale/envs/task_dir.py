@@ -1,4 +1,4 @@
-"""Tasks on disk: reads and writes the directory format of `ale.envs.task`, which is Harbor's for single-step tasks.
+"""Tasks on disk: reads and writes the directory format of `ale.task`, which is Harbor's for single-step tasks.
 
 A loaded task is trusted as far as its author is, its bytes are not: symbolic links, files that are no files and
 files too large to travel are refused, and nothing outside the directory is read.
@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import msgspec
 
 from ale.envs.dockerfile import copies
-from ale.envs.task import REWARD_FILE, WORKDIR, Split, Task, TaskFile
 from ale.errors import TaskFormatError
+from ale.task import REWARD_FILE, WORKDIR, Split, Task, TaskFile
 
 # A file has to travel to the sandbox in one frame.
 MAX_FILE_BYTES = 16 * 1024 * 1024
