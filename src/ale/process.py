@@ -1,8 +1,8 @@
 """A worker process: requests in, answers out, over one socket, and no way to outlive its parent.
 
-The parent side is `WorkerProcess`: `await worker.ask(request, deadline_s=...)`. The child side is `serve`, which a
-module that runs as `python -m MODULE FD` calls. Frames are a length, a request number and a msgpack struct; tensors do
-not travel here but through shared memory whose file descriptor the child inherits.
+The parent side is `WorkerProcess`: `await worker.ask(request, deadline_s=...)`. The child side is `Requests`, which a
+module that runs as `python -m MODULE FD` opens on that descriptor. Frames are a length, a request number and a msgpack
+struct; tensors do not travel here but through shared memory whose file descriptor the child inherits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Union
 
 import msgspec
@@ -27,7 +27,10 @@ from ale.wire import Message, Reply, Request, encode, reply_type
 _HEADER = struct.Struct("<IQB")  # body length, request number, kind
 _REQUEST, _ANSWER, _FAILURE = 0, 1, 2
 _PR_SET_PDEATHSIG = 1
-_STDERR_LINES = 40
+_MAX_FRAME = 1 << 30  # more than any message: a longer frame is noise on the socket
+_STDERR_BYTES = 8192
+_GRACE_S = 5.0  # to end after the socket was closed, before it is killed
+_LAST_WORDS_S = 1.0
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -49,42 +52,48 @@ class WorkerProcess:
         self._env = env or {}
         self._pending: dict[int, tuple[asyncio.Future[Any], Any]] = {}
         self._number = 0
-        self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
+        self._stderr = b""
+        self._garbled = ""
 
     async def __aenter__(self) -> WorkerProcess:
         ours, theirs = socket.socketpair()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(), *self._pass_fds),
-                env=os.environ | self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-        finally:
-            theirs.close()
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        with theirs:
+            self._reader, self._writer = await asyncio.open_connection(sock=ours)
+            try:
+                self._process = subprocess.Popen(  # noqa: ASYNC220  a vfork: milliseconds, once
+                    [sys.executable, "-m", self._module, str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(), *self._pass_fds),
+                    env=os.environ | self._env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                )
+            except BaseException:
+                self._writer.close()
+                raise
         self._answers = asyncio.create_task(self._read_answers(), name=f"answers of {self._module}")
         self._errors = asyncio.create_task(self._read_stderr(), name=f"stderr of {self._module}")
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        """Closing the socket tells the child to end; a child that does not is killed."""
+        """Closing the socket tells the child to end; a child that does not, or has no time to, is killed."""
         self._writer.close()
-        loop = asyncio.get_running_loop()
         try:
-            await asyncio.wait_for(asyncio.shield(loop.run_in_executor(None, self._process.wait)), 5)
-        except (TimeoutError, asyncio.CancelledError):
-            self._process.kill()
-            self._process.wait()
-            raise
+            await asyncio.wait({self._end()}, timeout=_GRACE_S)
         finally:
+            self._process.kill()  # nothing where it has ended
+            self._process.wait()
+            self._writer.transport.abort()  # what a stuck child never read would keep the socket open
             self._answers.cancel()
             self._errors.cancel()
             await asyncio.gather(self._answers, self._errors, return_exceptions=True)
+            with suppress(OSError):
+                await self._writer.wait_closed()
             if self._process.stderr is not None:
                 self._process.stderr.close()
+
+    def _end(self) -> asyncio.Future[int]:
+        return asyncio.get_running_loop().run_in_executor(None, self._process.wait)
 
     @property
     def pid(self) -> int:
@@ -119,6 +128,8 @@ class WorkerProcess:
         try:
             while True:
                 length, number, kind = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
+                if kind not in (_ANSWER, _FAILURE) or length > _MAX_FRAME:
+                    raise msgspec.DecodeError(f"a frame of kind {kind} and {length} bytes")
                 body = await self._reader.readexactly(length)
                 future, type_ = self._pending.get(number, (None, None))
                 if future is None or future.done():
@@ -129,7 +140,11 @@ class WorkerProcess:
                 else:
                     future.set_result(msgspec.msgpack.decode(body, type=type_))
         except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+            await self._last_words()
+        except msgspec.DecodeError as error:  # what follows on the socket means nothing any more
+            self._garbled = f"; it was killed, for what it sent is no answer: {error}"
+            self._process.kill()
+            await self._last_words()
         finally:
             for future, _ in self._pending.values():
                 if not future.done():
@@ -141,14 +156,19 @@ class WorkerProcess:
             lambda: asyncio.StreamReaderProtocol(stream), self._process.stderr
         )
         try:
-            while line := await stream.readline():
-                self._stderr.append(line.decode(errors="replace").rstrip())
+            while data := await stream.read(1 << 16):
+                self._stderr = (self._stderr + data)[-_STDERR_BYTES:]
         finally:
             transport.close()
 
+    async def _last_words(self) -> None:
+        """The socket closes before the process has ended and all it printed has been read: waits for both, briefly."""
+        await asyncio.wait({self._end(), self._errors}, timeout=_LAST_WORDS_S)
+
     def _death(self) -> WorkerDied:
-        said = "\n".join(self._stderr) or "it printed nothing"
-        return WorkerDied(f"the worker {self._module} ended (exit code {self._process.poll()}); its last words:\n{said}")
+        said = self._stderr.decode(errors="replace").strip() or "it printed nothing"
+        code = self._process.poll()
+        return WorkerDied(f"the worker {self._module} ended (exit code {code}){self._garbled}; its last words:\n{said}")
 
 
 class Requests:

@@ -24,7 +24,7 @@ WORDS = (  # noqa: SIM905  (a hundred quoted words are no easier to read)
     "oak elm fir ash yew fox owl bee ant cat dog hen cow pig ram bat cod eel fly jay "
     "cup pan pot jar lid mug tin box bag net map pen ink key pin nut bolt gear wire coil "
     "sun moon star sky rain snow hail wind lake pond reef bay hill cave dune rock sand clay "
-    "ruby jade opal gold iron zinc lead corn rice bean pear plum lime kiwi leek beet kale "
+    "ruby jade opal gold iron zinc lead corn rice bean pear plum lime kiwi leek okra kale "
     "drum harp horn lute gong bell song tune vest coat boot sock glove hat belt ring"
 ).split()
 EXTENSIONS = ("txt", "md", "log", "csv", "cfg", "dat", "bak", "old")

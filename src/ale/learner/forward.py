@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ def action_logp(
     before_AD = output.last_hidden_state[batch.action_row_A, batch.action_position_A - 1]
     logits_AV = model.get_output_embeddings()(before_AD).float() / temperature
     logp_A = torch.log_softmax(logits_AV, -1).gather(1, batch.action_ids_A[:, None])[:, 0]
-    return logp_A, _router_loss(model, output, batch) if router_loss else None
+    if not router_loss:
+        return logp_A, None
+    return logp_A, _router_loss(output.router_logits, model.config.num_experts_per_tok, batch.real_BT)
 
 
 class _WithWeights(torch.nn.Module):
@@ -56,20 +58,23 @@ def action_logp_under(
 
 
 def is_moe(model: PreTrainedModel) -> bool:
-    return getattr(model.config, "num_experts", None) is not None and _balancing_loss(model) is not None
+    """Whether the model routes tokens by softmax and top-k, and can show its router logits."""
+    return hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
 
 
-def _balancing_loss(model: PreTrainedModel) -> object:
-    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+def _router_loss(router_logits: Sequence[Tensor], chosen: int, real_BT: Tensor) -> Tensor:
+    """Load balancing (arXiv 2101.03961, eq. 4 to 6) within each sequence and layer (arXiv 2412.19437, eq. 17 to 20):
+    E sum_e f_e P_e, averaged over layers and tokens; `chosen` where the load is even. Router logits are [B*T, E].
 
-
-def _router_loss(model: PreTrainedModel, output: object, batch: MicroBatch) -> Tensor:
-    balancing = _balancing_loss(model)
-    assert callable(balancing)
-    loss: Tensor = balancing(
-        output.router_logits,  # type: ignore[attr-defined]
-        model.config.num_experts,
-        model.config.num_experts_per_tok,
-        batch.real_BT.long(),
-    )
-    return loss
+    Over a micro-batch the product of the two means would depend on how the batch was split; a sequence is never split.
+    """
+    real_BT1 = real_BT[..., None].float()
+    tokens_B = real_BT1.sum((1, 2))
+    loss_B = torch.zeros_like(tokens_B)
+    for logits in router_logits:
+        share_BTE = logits.float().softmax(-1).view(*real_BT.shape, -1)
+        picked_BTE = torch.zeros_like(share_BTE).scatter_(-1, share_BTE.topk(chosen, -1).indices, 1.0)
+        f_BE = (picked_BTE * real_BT1).sum(1) / tokens_B[:, None]
+        P_BE = (share_BTE * real_BT1).sum(1) / tokens_B[:, None]
+        loss_B = loss_B + share_BTE.shape[-1] * (f_BE * P_BE).sum(-1)
+    return (loss_B * tokens_B).sum() / (tokens_B.sum() * len(router_logits))

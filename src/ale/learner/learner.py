@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ale.algorithm.filters import logp_reason
+from ale.algorithm.filters import Reason, logp_reason
 from ale.algorithm.layout import Layout, Segments
 from ale.algorithm.objectives import Batch, Objective, objective
 from ale.errors import LearnerError
@@ -60,7 +60,7 @@ class Learner:
         objective: Objective,
         settings: LearnerSettings,
     ) -> None:
-        self.model = model.train()
+        self.model = model.eval()  # no dropout: pi is the policy that sampled
         self.tokenizer = tokenizer
         self.ring = ring
         self.objective = objective
@@ -104,7 +104,7 @@ class Learner:
         old_N, truth = self._pi_old([s for s in samples if s.trajectory.id not in dropped])
         for s in samples:
             if s.trajectory.id in old_N and not bool(torch.isfinite(old_N[s.trajectory.id]).all()):
-                dropped[s.trajectory.id] = "logp_not_finite"
+                dropped[s.trajectory.id] = Reason.LOGP_NOT_FINITE
         kept = [s for s in samples if s.trajectory.id not in dropped]
         old_s = time.perf_counter() - started
         batches = split([s.trajectory.tokens_T for s in kept], [s.trajectory.chunks for s in kept], self.settings.micro_tokens)
@@ -118,7 +118,13 @@ class Learner:
                     torch.cat([_tensor(s.trajectory.logp_A.numpy()) for s in members]),
                 )
             )
-        metrics = self._update(self.objective, batches, parts, self._learning_rate(), self.settings.temperature)
+        try:
+            metrics = self._update(self.objective, batches, parts, self._learning_rate(), self.settings.temperature)
+        except _LogpNotFinite as error:
+            # Z counted them: the update starts again without them. Each such round leaves fewer.
+            broken = {kept[i].trajectory.id: str(Reason.LOGP_NOT_FINITE) for i in error.index}
+            metrics = self.learn([s for s in kept if s.trajectory.id not in broken])
+            return msgspec.structs.replace(metrics, dropped=dropped | broken | metrics.dropped)
         values = metrics.values | truth | {"pi_old_s": old_s}
         return msgspec.structs.replace(metrics, values=values, dropped=dropped)
 
@@ -142,6 +148,10 @@ class Learner:
         total, router_total, statistics = 0.0, 0.0, None
         for batch, part in zip(batches, parts, strict=True):
             logp_A, router = action_logp(self.model, batch, temperature, router_loss=self._moe)
+            broken_A = ~logp_A.detach().isfinite()
+            if broken_A.any():
+                self.optimizer.zero_grad(set_to_none=True)
+                raise _LogpNotFinite([batch.index[row] for row in batch.action_row_A[broken_A].unique().tolist()])
             result = goal.loss(logp_A, part, count)
             loss = result.loss
             if router is not None:
@@ -201,14 +211,22 @@ class Learner:
                 for id_, logp in zip(ids, logp_A.split([len(recorded[i]) for i in ids]), strict=True):
                     own = torch.ones_like(versions[id_], dtype=torch.bool) if mode == "proximal" else versions[id_] == version
                     old[id_][own] = logp[own]
-        if mode == "proximal" or not samples:
+        gap = torch.cat([(old[id_] - recorded[id_]).abs() for id_ in old]) if old else torch.zeros(0)
+        if mode == "proximal" or not len(gap):
             return old, {}
-        gap = torch.cat([(old[id_] - recorded[id_]).abs() for id_ in old])
         return old, {
             "truth_mean": float(gap.mean()),
             "truth_max": float(gap.max()),
             "truth_exceptions": float((gap > TRUTH_TOLERANCE).sum()),
         }
+
+
+class _LogpNotFinite(LearnerError):
+    """`index`: the sequences of the batch whose log-probabilities under the weights in training are not finite."""
+
+    def __init__(self, index: Sequence[int]) -> None:
+        super().__init__(f"the log-probabilities of sequences {list(index)} of the batch are not finite")
+        self.index = index
 
 
 _supervised = objective("sft")

@@ -10,6 +10,7 @@ is recomputed under them, so that each token's log-probability belongs to exactl
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ale.errors import PolicyError
-from ale.messages import EngineStatistics, Finish, Generate, Turn
+from ale.messages import EngineStatistics, Finish, Generate, Sampling, Turn
 from ale.models.load import hidden_states
 from ale.policy.kv_cache import KVRows, RowsCache
 from ale.policy.sampler import sample, uniform
@@ -61,7 +62,6 @@ class _Sequence:
 class _Parked:
     tokens: list[int]  # those whose keys and values are in `cache`
     cache: Tensor
-    version: int
 
 
 class Engine:
@@ -91,10 +91,10 @@ class Engine:
             )
         if min(tokens) < 0 or max(tokens) >= self.model.config.vocab_size:
             raise PolicyError(f"Generate.prompt_T holds ids outside 0..{self.model.config.vocab_size - 1}")
-        if request.sampling.max_tokens < 1:
-            raise PolicyError("Sampling.max_tokens must be at least 1")
+        _check(request.sampling)
         self._waiting.append(_Sequence(number, request, tokens, len(tokens)))
 
+    @torch.inference_mode()  # rows made in this mode can only be moved in it
     def end_session(self, session: str) -> list[int]:
         """Forgets a session. Returns the numbers of its requests that will not be answered."""
         self._parked.pop(session, None)
@@ -166,9 +166,7 @@ class Engine:
     def _leave(self, row: int, *, park: bool) -> None:
         sequence = self._running[row]
         if park and sequence.cached:
-            parked = _Parked(
-                sequence.tokens[: sequence.cached], self._cache.park(row, sequence.cached), self.version
-            )
+            parked = _Parked(sequence.tokens[: sequence.cached], self._cache.park(row, sequence.cached))
             self._parked[sequence.request.session] = parked
             if len(self._parked) > self._parked_limit:
                 self._parked.popitem(last=False)
@@ -203,6 +201,7 @@ class Engine:
             ids_BQ = torch.tensor([s.tokens[s.cached :] + [0] * (width - n) for s, n in zip(sequences, count_B, strict=True)])
             position_BQ = torch.tensor(start_B)[:, None] + torch.arange(width)
         end = max(s + n for s, n in zip(start_B, count_B, strict=True))
+        position_BQ = position_BQ.clamp(max=end - 1)  # padding after a long row must not pass the model's last position
         mask_B1QT = (torch.arange(end) <= position_BQ[:, :, None])[:, None]
         output = hidden_states(
             self.model,
@@ -228,6 +227,17 @@ class Engine:
             if count > 1:
                 self._prefilled += count
         self._generated += len(rows)
+
+
+def _check(sampling: Sampling) -> None:
+    for name, holds, expected in (
+        ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= sampling.temperature < math.inf, "0 (greedy) or a positive number"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", sampling.top_k is None or sampling.top_k >= 1, "None (off) or at least 1"),
+    ):
+        if not holds:
+            raise PolicyError(f"Sampling.{name}: expected {expected}, got {getattr(sampling, name)}")
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

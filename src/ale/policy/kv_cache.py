@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from ale.errors import ModelError
+
 _GROW = 128  # positions are added in blocks, so that a growing sequence rarely copies the cache
 
 
@@ -20,6 +22,14 @@ class KVRows:
     """Keys and values [L][R, H, T, D] of up to `rows` running sequences."""
 
     def __init__(self, config: PretrainedConfig, rows: int, dtype: torch.dtype) -> None:
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        window = getattr(config, "sliding_window", None)
+        if kinds or (window is not None and window < config.max_position_embeddings):
+            other = ", ".join(sorted(kinds)) or f"a sliding window of {window}"
+            raise ModelError(
+                f"model.path: {type(config).__name__} has {other}; "
+                "the embedded engine runs models with full attention in every layer."
+            )
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers = int(config.num_hidden_layers)

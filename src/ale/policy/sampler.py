@@ -31,26 +31,26 @@ def sample(
     """Draws one token for each row.
 
     Returns tokens int64 [B], their log-probabilities under the untruncated distribution at the row's temperature
-    (1 where that is 0) float32 [B], and those under the distribution really drawn from float32 [B].
+    (1 where that is 0) float32 [B], and those under the distribution really drawn from float32 [B] (0 where the
+    temperature is 0: greedy has no choice).
     """
     logits_BV = logits_BV.float()
     temperature_B = torch.tensor([s.temperature or 1.0 for s in settings])
     logp_BV = torch.log_softmax(logits_BV / temperature_B[:, None], dim=-1)
+    greedy_B = temperature_B.new_tensor([s.temperature == 0 for s in settings], dtype=torch.bool)
     kept_BV = _truncate(logp_BV, settings)
     # In float64 the cumulative sum reaches 1 to within 1e-13: no token is favoured by rounding.
     cumulative_BV = kept_BV.double().exp().cumsum(-1)
     threshold_B1 = torch.from_numpy(uniform_B)[:, None] * cumulative_BV[:, -1:]
     token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
-    if any(s.temperature == 0 for s in settings):
-        greedy_B = torch.tensor([s.temperature == 0 for s in settings])
-        token_B = torch.where(greedy_B, logits_BV.argmax(-1), token_B)
     token_B = token_B.clamp_(max=logits_BV.shape[-1] - 1)
+    token_B = torch.where(greedy_B, logits_BV.argmax(-1), token_B)
     pick = token_B[:, None]
     logp_B = logp_BV.gather(1, pick)[:, 0]
-    if kept_BV is logp_BV:
-        return token_B, logp_B, logp_B
-    sampled_B = (kept_BV.gather(1, pick) - torch.logsumexp(kept_BV, -1, keepdim=True))[:, 0]
-    return token_B, logp_B, sampled_B
+    sampled_B = logp_B
+    if kept_BV is not logp_BV:
+        sampled_B = (kept_BV.gather(1, pick) - torch.logsumexp(kept_BV, -1, keepdim=True))[:, 0]
+    return token_B, logp_B, sampled_B.masked_fill(greedy_B, 0.0)
 
 
 def _truncate(logp_BV: Tensor, settings: Sequence[Sampling]) -> Tensor:
