@@ -125,6 +125,19 @@ def test_an_existing_run_is_not_overwritten(run: Ale, config: Path, tmp_path: Pa
     assert kept.read_text() == "{}"
 
 
+def test_what_is_no_run_is_never_deleted(run: Ale, config: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "runs" / "mine" / "thesis.tex"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert str(kept.parent) in run("train", config, "--name", "mine", "--overwrite").paragraph
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/etc"])
+def test_a_run_cannot_be_named_after_a_path(run: Ale, config: Path, name: str) -> None:
+    assert "name is that of a folder" in run("train", config, "--name", name, "--overwrite").paragraph
+
+
 def test_forbidden_namespaces_end_with_the_cure(run: Ale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbid(*args: object, **kwargs: object) -> None:
         raise SandboxUnavailable("This machine forbids user namespaces.\nSay sysctl, or --sandbox unsafe-process.")
