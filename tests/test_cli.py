@@ -1,3 +1,4 @@
+import asyncio
 import io
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import ale
-from ale import cli
+from ale import cli, doctor
 from ale.doctor import Finding
 from ale.envs.families import make, make_splits
 from ale.envs.task_dir import load_tasks, write_task
@@ -229,6 +230,17 @@ def test_the_doctor_looks_at_the_sandbox_and_at_torch(run: Ale) -> None:
     seen = run("doctor")
     for subject in ("python", "memory", "torch", "transformers", "sandbox", "network", "docker"):
         assert re.search(rf"^(ok|warn|fail) +{subject} +\S", seen.out, re.MULTILINE), subject
+
+
+def test_the_doctor_passes_on_what_cures_forbidden_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(*args: object, **kwargs: object) -> None:
+        raise SandboxUnavailable("say sysctl")
+
+    async def findings() -> list[Finding]:
+        return [finding async for finding in doctor.examine()]
+
+    monkeypatch.setattr(doctor, "open_engine", forbid)
+    assert Finding("sandbox", "fail", "say sysctl") in asyncio.run(findings())
 
 
 def lines(*shown: Progress, terminal: bool) -> list[str]:
