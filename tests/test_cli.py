@@ -1,3 +1,4 @@
+import asyncio
 import io
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import ale
-from ale import cli
+from ale import cli, doctor
 from ale.doctor import Finding
 from ale.envs.families import make, make_splits
 from ale.envs.task_dir import load_tasks, write_task
@@ -125,6 +126,19 @@ def test_an_existing_run_is_not_overwritten(run: Ale, config: Path, tmp_path: Pa
     assert kept.read_text() == "{}"
 
 
+def test_what_is_no_run_is_never_deleted(run: Ale, config: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "runs" / "mine" / "thesis.tex"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert str(kept.parent) in run("train", config, "--name", "mine", "--overwrite").paragraph
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/etc"])
+def test_a_run_cannot_be_named_after_a_path(run: Ale, config: Path, name: str) -> None:
+    assert "name is that of a folder" in run("train", config, "--name", name, "--overwrite").paragraph
+
+
 def test_forbidden_namespaces_end_with_the_cure(run: Ale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbid(*args: object, **kwargs: object) -> None:
         raise SandboxUnavailable("This machine forbids user namespaces.\nSay sysctl, or --sandbox unsafe-process.")
@@ -218,6 +232,17 @@ def test_the_doctor_looks_at_the_sandbox_and_at_torch(run: Ale) -> None:
         assert re.search(rf"^(ok|warn|fail) +{subject} +\S", seen.out, re.MULTILINE), subject
 
 
+def test_the_doctor_passes_on_what_cures_forbidden_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(*args: object, **kwargs: object) -> None:
+        raise SandboxUnavailable("say sysctl")
+
+    async def findings() -> list[Finding]:
+        return [finding async for finding in doctor.examine()]
+
+    monkeypatch.setattr(doctor, "open_engine", forbid)
+    assert Finding("sandbox", "fail", "say sysctl") in asyncio.run(findings())
+
+
 def lines(*shown: Progress, terminal: bool) -> list[str]:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, highlight=False, color_system=None)
     with ProgressView(console) as view:
@@ -243,6 +268,6 @@ def test_a_log_gets_a_line_at_the_start_and_the_end_of_each_phase() -> None:
 
 def test_a_terminal_keeps_the_last_line_of_a_phase_and_says_what_is_waited_for() -> None:
     shown = [Progress(phase="evaluate", step=n, total=2, waits=("trainer: a batch",)) for n in (1, 2)]
-    last = lines(*shown, terminal=True)[-1]
-    assert "evaluate   2/2" in last
-    assert "waiting for trainer: a batch" in last
+    kept = [line for line in lines(*shown, terminal=True) if "evaluate   2/2" in line]
+    assert kept
+    assert "waiting for trainer: a batch" in kept[-1]

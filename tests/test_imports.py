@@ -1,8 +1,10 @@
 """The arrows between the layers of the package point down, and what should be light is light."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -42,6 +44,18 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
         yield from ((name, node.lineno) for name in names if name.startswith("ale."))
 
 
+def foreign(path: Path) -> Iterator[str]:
+    """Every package that is neither `ale` nor Python's own, lazily imported or not."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        else:
+            continue
+        yield from {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"ale", "__future__"}
+
+
 def part(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
@@ -73,6 +87,15 @@ def test_packages_of_one_layer_do_not_import_each_other_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_all_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((PACKAGE.parent.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + [line for name, lines in extras.items() if name != "dev" for line in lines]
+    declared = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in wanted}
+    used = {name for path in PACKAGE.rglob("*.py") for name in foreign(path)}
+    assert used - declared == set()
 
 
 def test_kernels_stand_alone() -> None:

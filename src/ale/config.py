@@ -1,12 +1,13 @@
 """The configuration of a run: flat frozen structs, read from TOML. An unknown field is an error that names the field.
 
-    run = load("examples/nano.toml", ["seed=1", "rollout.max_lag=0"])
+run = load("examples/nano.toml", ["seed=1", "rollout.max_lag=0"])
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,6 +142,8 @@ class RunConfig(_Section, frozen=True):
     sandbox: SandboxConfig = SandboxConfig()
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name is that of a folder: letters, digits, '.', '_' and '-', not {self.name!r}")
         _positive(self.rollout, "rollout", "group_size", "groups_per_step", "concurrency")
         _positive(self.agent, "agent", "max_turns", "max_turn_tokens", "max_context_tokens", "command_timeout_s")
         _positive(self.model, "model", "threads")
@@ -169,8 +172,9 @@ class RunConfig(_Section, frozen=True):
             raise ValueError(f"rollout.top_k must be at least 1, or left out to be off, got {self.rollout.top_k}")
         if self.rollout.group_size < 2 and self.algorithm.baseline in ("group_mean", "group_norm", "leave_one_out"):
             raise ValueError(
-                f'rollout.group_size is {self.rollout.group_size}, but algorithm.baseline = "{self.algorithm.baseline}" '
-                'compares the members of a group: use at least 2, or baseline = "signed" or "none"'
+                f"rollout.group_size is {self.rollout.group_size}, but algorithm.baseline = "
+                f'"{self.algorithm.baseline}" compares the members of a group: use at least 2, or '
+                'baseline = "signed" or "none"'
             )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from ale.config import AlgorithmConfig, LearnerConfig
-from ale.envs.task import Task
+from ale.task import Task
 from ale.wire import Array, Message, Request
 
 Finish = Literal["stop", "length"]

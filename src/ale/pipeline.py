@@ -36,7 +36,6 @@ from ale.config import RunConfig
 from ale.data.run_folder import RunFolder, versions
 from ale.envs.env import Env
 from ale.envs.source import Source, open_source
-from ale.envs.task import Task
 from ale.envs.terminal import TerminalEnv
 from ale.errors import ConfigError, LearnerError
 from ale.learner.weights import create_memory
@@ -49,12 +48,14 @@ from ale.messages import (
     StartPolicyOptimization,
     Trajectory,
 )
-from ale.models.load import check_model_path, load_tokenizer
+from ale.models.load import load_tokenizer
+from ale.models.path import check_model_path
 from ale.policy.embedded import EmbeddedPolicy, open_embedded
 from ale.process import WorkerProcess
 from ale.progress import EvalSummary, Phase, Progress, Rate, Summary
 from ale.sandbox import SandboxEngine, open_engine
 from ale.supervisor import Supervisor
+from ale.task import Task
 
 Report = Callable[[Progress], None]
 _OPEN_DEADLINE_S = 300.0

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ale.envs.families import TRAINED, UNSEEN, make
-from ale.envs.task import Task, TaskFile
 from ale.envs.task_dir import MAX_FILE_BYTES, load_task, load_tasks, write_task
 from ale.errors import TaskFormatError
+from ale.task import Task, TaskFile
 
 TEST = (TaskFile("test.sh", b"echo 1 > /logs/verifier/reward.txt\n", 0o755),)
 
@@ -81,6 +81,24 @@ def test_tasks_load_in_the_order_of_their_names_and_hidden_directories_are_none(
     assert [task.id for task in load_tasks(tmp_path / "copy-10")] == ["copy-10"]
 
 
+def test_a_linked_task_among_others_is_refused(tmp_path: Path, task_dir: Path) -> None:
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/linked").symlink_to(task_dir)
+    with pytest.raises(TaskFormatError, match="linked is a symbolic link"):
+        load_tasks(tmp_path / "all")
+
+
+def test_a_task_is_named_by_its_directory_so_that_has_to_be_a_name(task_dir: Path) -> None:
+    renamed = task_dir.rename(task_dir.with_name("my task"))
+    assert "use letters" in refused(renamed)
+
+
+def test_tasks_are_not_written_where_no_directory_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TaskFormatError, match="cannot be made"):
+        write_task(make("copy", 1), tmp_path / "file")
+
+
 def test_a_directory_without_tasks_says_how_to_make_some(tmp_path: Path) -> None:
     with pytest.raises(TaskFormatError, match=re.escape(f"ale tasks new --out {tmp_path}")):
         load_tasks(tmp_path)
@@ -114,6 +132,7 @@ def test_a_missing_file_is_named(task_dir: Path, missing: str) -> None:
         ("[metadata.ale]\nsede = 1", "sede"),
         ("[[steps]]\nname = 'one'", "steps"),
         ('[environment]\ndocker_image = "python:3.13"', "needs the Docker backend"),
+        ('[environment]\nworkdir = "/workspace"', "needs the Docker backend"),
         ("[agent", "not valid TOML"),
     ],
 )
@@ -141,7 +160,7 @@ def test_a_symbolic_link_is_refused(task_dir: Path, tmp_path: Path, where: str) 
     assert f"{task_dir / where} is a symbolic link" in refused(task_dir)
 
 
-@pytest.mark.parametrize("where", ["environment/files", "environment/files/data", "tests", "environment"])
+@pytest.mark.parametrize("where", ["environment/files", "environment/files/data", "tests", "environment", "solution"])
 def test_a_linked_directory_is_refused(task_dir: Path, tmp_path: Path, where: str) -> None:
     (task_dir / where).rename(tmp_path / "moved")
     (task_dir / where).symlink_to(tmp_path / "moved")

@@ -9,9 +9,9 @@ from ale.agent.chat import Chat
 from ale.agent.episode import run_episode
 from ale.config import AgentConfig
 from ale.envs.env import Env
-from ale.envs.task import Task
 from ale.messages import Rollout, Trajectory
 from ale.policy.port import Policy
+from ale.task import Task
 from ale.wire import Message
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
 from collections.abc import Callable, Sequence
 
 from ale.bus import Bus
 from ale.config import RunConfig
-from ale.envs.task import Task
 from ale.messages import Rollout, Sampling, Trajectory
 from ale.progress import Rate
+from ale.task import Task
 
 # An episode whose sandbox or tests failed says nothing about the policy: it is run again, this often.
 _ATTEMPTS = 3
+# 0.975 quantile of the normal distribution.
+_Z95 = 1.959963984540054
 
 
 async def evaluate_tasks(
@@ -48,10 +51,9 @@ async def evaluate_tasks(
 
 
 def rate(trajectories: Sequence[Trajectory]) -> Rate:
-    """The share with a positive reward and its 95% Wilson interval."""
-    from scipy.stats import binomtest
-
-    solved = sum((t.reward or 0.0) > 0 for t in trajectories)
-    interval = binomtest(solved, len(trajectories)).proportion_ci(method="wilson")
-    low, high = float(interval.low), float(interval.high)
-    return Rate(success=solved / len(trajectories), ci95=(low, high), n=len(trajectories))
+    """The share with a positive reward and its 95% interval (Wilson's score interval, JASA 1927)."""
+    n = len(trajectories)
+    share = sum((t.reward or 0.0) > 0 for t in trajectories) / n
+    centre = (share + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
+    half = _Z95 / (1 + _Z95**2 / n) * math.sqrt(share * (1 - share) / n + (_Z95 / (2 * n)) ** 2)
+    return Rate(success=share, ci95=(max(0.0, centre - half), min(1.0, centre + half)), n=n)

@@ -15,8 +15,8 @@ from ale.actors.ledger import Ledger
 from ale.actors.slots import Slots
 from ale.algorithm.filters import Reason, group_reason, logp_reason
 from ale.config import RunConfig
-from ale.envs.task import Task
 from ale.messages import Group, GroupEnded, GroupStarted, Rollout, Sampling, Trajectory
+from ale.task import Task
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ale.actor import Actor
 from ale.bus import Bus
 from ale.envs.grade import grade
-from ale.envs.task import Task
 from ale.messages import Grade, Score
 from ale.sandbox import SandboxEngine, Snapshot
+from ale.task import Task
 from ale.wire import Message
 
 # On top of the tests' own time-out: the wait for a turn, and making the sandbox.

@@ -19,10 +19,10 @@ from ale.agent.actions import Answer, Call, Malformed, parse, render
 from ale.agent.chat import Chat
 from ale.config import AgentConfig
 from ale.envs.env import Env
-from ale.envs.task import Task
 from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, WorkerDied
 from ale.messages import Chunk, Demonstration, Generate, Rollout, Sampling, Status, ToolResult, Trajectory, Turn
 from ale.policy.port import Policy
+from ale.task import Task
 from ale.wire import Array
 
 _CUT = "error: the turn was cut at its token limit"

@@ -33,6 +33,10 @@ class RunFolder:
                     f"name: the run folder {self.path} exists and is not empty. Choose another --name, or pass "
                     "--overwrite to delete it."
                 )
+            if not (self.path / "config.json").is_file():
+                raise ConfigError(
+                    f"name: {self.path} holds something else than a run, and is not deleted: no config.json."
+                )
             shutil.rmtree(self.path)
         try:
             (self.path / "checkpoints").mkdir(parents=True)
@@ -86,7 +90,11 @@ def versions() -> Versions:
 def _commit() -> str | None:
     here = Path(__file__).parent
     done = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
     )
     return done.stdout.strip() or None if done.returncode == 0 else None
 

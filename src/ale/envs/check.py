@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ale.envs.grade import grade
-from ale.envs.task import Task
 from ale.envs.terminal import TerminalEnv
 from ale.errors import EvaluatorError
 from ale.sandbox import SandboxEngine
+from ale.task import Task
 
 
 async def check_task(engine: SandboxEngine, task: Task) -> list[str]:

@@ -16,8 +16,8 @@ from itertools import islice
 import msgspec
 
 from ale.config import TasksConfig
-from ale.envs.task import REWARD_FILE, Split, Task, TaskFile
 from ale.errors import UserError
+from ale.task import REWARD_FILE, Split, Task, TaskFile
 
 # Three- to five-letter nouns, so that a small tokenizer can hold each as one token.
 WORDS = (  # noqa: SIM905  (a hundred quoted words are no easier to read)

@@ -13,10 +13,10 @@ import stat
 import tempfile
 from pathlib import Path
 
-from ale.envs.task import REWARD_FILE, TESTS_DIR, Task
 from ale.errors import EvaluatorError
 from ale.messages import Score
 from ale.sandbox import Command, Limits, Mount, SandboxEngine, SandboxSpec, Snapshot
+from ale.task import REWARD_FILE, TESTS_DIR, Task
 
 _LOGS, _REWARD_NAME = REWARD_FILE.rsplit("/", 1)
 _MAX_REWARD_BYTES = 64

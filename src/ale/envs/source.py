@@ -10,9 +10,9 @@ import msgspec
 
 from ale.config import TasksConfig
 from ale.envs.families import make_splits
-from ale.envs.task import Task
 from ale.envs.task_dir import load_tasks
 from ale.errors import ConfigError
+from ale.task import Task
 
 
 class Source(msgspec.Struct, frozen=True):

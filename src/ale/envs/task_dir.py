@@ -1,4 +1,4 @@
-"""Tasks on disk: reads and writes the directory format of `ale.envs.task`, which is Harbor's for single-step tasks.
+"""Tasks on disk: reads and writes the directory format of `ale.task`, which is Harbor's for single-step tasks.
 
 A loaded task is trusted as far as its author is, its bytes are not: symbolic links, files that are no files and
 files too large to travel are refused, and nothing outside the directory is read.
@@ -20,13 +20,14 @@ from typing import Annotated, Any
 import msgspec
 
 from ale.envs.dockerfile import copies
-from ale.envs.task import REWARD_FILE, WORKDIR, Split, Task, TaskFile
 from ale.errors import TaskFormatError
+from ale.task import REWARD_FILE, WORKDIR, Split, Task, TaskFile
 
 # A file has to travel to the sandbox in one frame.
 MAX_FILE_BYTES = 16 * 1024 * 1024
 _SCHEMA = "1.0"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PLAIN = "use letters, digits, '.', '_' and '-'"
 _SIZES_MB = {"": 1 / 1024**2, "B": 1 / 1024**2, "K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -55,6 +56,7 @@ class _Environment(msgspec.Struct):
     """Harbor's older spelling: "512M", "2G"."""
     cpus: Annotated[float, msgspec.Meta(gt=0)] | None = None
     docker_image: str | None = None
+    workdir: str | None = None
 
 
 class _TaskToml(msgspec.Struct):
@@ -72,6 +74,9 @@ def load_task(path: str | Path) -> Task:
     directory = Path(path)
     if not directory.is_dir():
         raise TaskFormatError(f"There is no task directory {directory}.")
+    name = directory.resolve().name
+    if not _NAME.fullmatch(name):
+        raise TaskFormatError(f"{directory}: a task is named after its directory; {_PLAIN}.")
     settings = _read_toml(directory / "task.toml")
     if settings.steps:
         raise TaskFormatError(f"{directory / 'task.toml'}: steps: a task of several steps cannot be run; make it one.")
@@ -91,7 +96,7 @@ def load_task(path: str | Path) -> Task:
         "memory_mb": memory_mb,
     }
     return Task(
-        id=directory.resolve().name,
+        id=name,
         instruction=instruction,
         files=_environment_files(directory / "environment", settings.environment),
         tests=tests,
@@ -112,6 +117,9 @@ def task_dirs(path: str | Path) -> list[Path]:
     if (directory / "task.toml").exists():
         return [directory]
     found = sorted(entry for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    for entry in found:
+        if entry.is_symlink():
+            raise TaskFormatError(f"{entry} is a symbolic link; put the task itself there.")
     if not found:
         raise TaskFormatError(
             f"{directory} holds no task directories. Each is a directory with task.toml, instruction.md and "
@@ -136,6 +144,8 @@ def write_task(task: Task, directory: str | Path) -> Path:
         root.mkdir(parents=True)
     except FileExistsError:
         raise TaskFormatError(f"{root} exists already. Remove it, or write to another directory.") from None
+    except OSError as error:
+        raise TaskFormatError(f"{root} cannot be made: {error.strerror}. Write to another directory.") from error
     (root / "task.toml").write_text(_toml(task))
     (root / "instruction.md").write_text(task.instruction + "\n")
     _write_tree(root / "environment" / "files", task.files)
@@ -178,13 +188,13 @@ def _memory_mb(environment: _Environment, where: Path) -> int | None:
 
 def _environment_files(directory: Path, settings: _Environment) -> tuple[TaskFile, ...]:
     """What the workspace starts with. A Dockerfile, where there is one, decides; else it is `files/`."""
-    if directory.is_symlink():
-        raise TaskFormatError(f"{directory} is a symbolic link; put the directory itself there.")
+    _refuse_link(directory)
     dockerfile = directory / "Dockerfile"
-    if settings.docker_image is not None or any(directory.glob("docker-compose.y*ml")):
+    elsewhere = settings.workdir not in (None, WORKDIR)
+    if settings.docker_image is not None or elsewhere or any(directory.glob("docker-compose.y*ml")):
         raise TaskFormatError(
-            f"{directory}: a prebuilt image or a compose file needs the Docker backend, which this loader does not "
-            "drive; put the agent's files in environment/files/ instead."
+            f"{directory}: a prebuilt image, a compose file or a working directory other than {WORKDIR} needs the "
+            "Docker backend; without them, what the agent starts with is in environment/files/."
         )
     if not os.path.lexists(dockerfile):
         return _read_tree(directory / "files")
@@ -214,6 +224,7 @@ def _solution(directory: Path) -> tuple[str, ...]:
     """The commands of solve.sh, one a line; blank lines and comments (the shebang is one) are no commands."""
     if not os.path.lexists(directory / "solve.sh"):
         return ()
+    _refuse_link(directory)
     lines = (line.strip() for line in _read_text(directory / "solve.sh", "").splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))
 
@@ -229,8 +240,7 @@ def _read_text(path: Path, purpose: str) -> str:
 
 def _read_tree(directory: Path) -> tuple[TaskFile, ...]:
     """Every regular file below `directory`, sorted by path; none where there is no directory."""
-    if directory.is_symlink():
-        raise TaskFormatError(f"{directory} is a symbolic link; put the directory itself there.")
+    _refuse_link(directory)
     files: list[TaskFile] = []
     if not directory.exists():
         return ()
@@ -247,6 +257,11 @@ def _read_tree(directory: Path) -> tuple[TaskFile, ...]:
             if not path.is_dir():
                 files.append(_read_file(path, relative))
     return tuple(sorted(files, key=lambda file: file.path))
+
+
+def _refuse_link(directory: Path) -> None:
+    if directory.is_symlink():
+        raise TaskFormatError(f"{directory} is a symbolic link; put the directory itself there.")
 
 
 def _unreadable(error: OSError) -> None:
@@ -280,7 +295,7 @@ def _read_file(path: Path, name: str) -> TaskFile:
 def _check(task: Task) -> None:
     for field, name in (("id", task.id), ("family", task.family)):
         if not _NAME.fullmatch(name):
-            raise TaskFormatError(f"The task {field} {name!r} is no name; use letters, digits, '.', '_' and '-'.")
+            raise TaskFormatError(f"The task {field} {name!r} is no name; {_PLAIN}.")
     if task.instruction != task.instruction.strip() or not task.instruction:
         raise TaskFormatError(f"The instruction of {task.id} is empty or has blanks at an end; strip it.")
     for command in task.solution:

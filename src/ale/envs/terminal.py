@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 from ale.envs.env import Step
-from ale.envs.task import WORKDIR, Task
 from ale.messages import Score, ToolResult
 from ale.sandbox import Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec, Snapshot
+from ale.task import WORKDIR, Task
 
 Grader = Callable[[Task, Snapshot], Awaitable[Score]]
 

@@ -121,13 +121,17 @@ class Learner:
                 )
             )
         try:
-            for _ in range(self.settings.epochs):
-                metrics = self._update(self.objective, batches, parts, self._learning_rate(), self.settings.temperature)
+            metrics = self._update(self.objective, batches, parts, self._learning_rate(), self.settings.temperature)
         except _LogpNotFinite as error:
             # Z counted them: the update starts again without them. Each such round leaves fewer.
             broken = {kept[i].trajectory.id: str(Reason.LOGP_NOT_FINITE) for i in error.index}
             metrics = self.learn([s for s in kept if s.trajectory.id not in broken])
             return msgspec.structs.replace(metrics, dropped=dropped | broken | metrics.dropped)
+        for _ in range(1, self.settings.epochs):
+            try:
+                metrics = self._update(self.objective, batches, parts, self._learning_rate(), self.settings.temperature)
+            except _LogpNotFinite as error:
+                raise LearnerError("the policy left the numbers between two steps on one batch: lower the rate") from error
         values = metrics.values | truth | {"pi_old_s": old_s}
         return self._publish(msgspec.structs.replace(metrics, values=values, dropped=dropped))
 

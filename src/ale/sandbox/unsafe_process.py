@@ -218,7 +218,6 @@ class UnsafeProcessEngine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.scratch = directory / "scratch"
-        self.scratch.mkdir()
         self.shell = "/bin/bash" if os.access("/bin/bash", os.X_OK) else "/bin/sh"
         self._enforcement = Enforcement(Cgroups())
         self._names = itertools.count(1)

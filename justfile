@@ -1,0 +1,58 @@
+# Every recipe works from a fresh clone: `setup` makes .venv first, and is done in a moment when that is there.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+export PATH := justfile_directory() / ".venv/bin" + ":" + env("PATH")
+python := env("PYTHON", "python3")
+
+# List the recipes
+@default:
+    {{ quote(just_executable()) }} --justfile {{ quote(justfile()) }} --list
+
+# Make .venv with ale and an extra in it: train or dev
+@setup extra="dev":
+    if [ ! -e .venv/installed-dev -o pyproject.toml -nt .venv/installed-dev ] && \
+       [ ! -e .venv/installed-{{ extra }} -o pyproject.toml -nt .venv/installed-{{ extra }} ]; then \
+        [ -x .venv/bin/pip ] || {{ python }} -m venv .venv; \
+        echo "setting up .venv; this takes a few minutes, once" >&2; \
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore torch==2.13.0; \
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore -e '.[{{ extra }}]'; \
+        touch .venv/installed-{{ extra }}; \
+    fi
+
+# Train the nano agent: about ten minutes on two cores
+[no-exit-message]
+@train *args: (setup "train")
+    ale train examples/nano.toml {{ args }}
+
+# Run the tests that every change has to pass
+[no-exit-message]
+@test *args: setup
+    python -m pytest -m "not full" {{ args }}
+
+# Run all tests, the slow ones too
+[no-exit-message]
+@test-full *args: setup
+    python -m pytest {{ args }}
+
+# Formatting, lint and types, changing nothing
+@check: setup && types
+    ruff format --check
+    ruff check
+
+# Format the code
+@fmt: setup
+    ruff format
+
+# Lint, mending what can be mended
+@lint: setup
+    ruff check --fix
+
+# Check the types
+@types: setup
+    mypy
+
+# Run a benchmark: just bench bus
+[no-exit-message]
+@bench name *args: setup
+    python -m bench.{{ name }} {{ args }}
