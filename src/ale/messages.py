@@ -14,6 +14,7 @@ from ale.task import Task
 from ale.wire import Array, Message, Request
 
 Finish = Literal["stop", "length"]
+Ending = Literal["call", "answer", "malformed", "cut"]
 
 # Generation
 
@@ -81,7 +82,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
     start: int
     end: int
-    ending: Literal["call", "answer", "malformed", "cut"]
+    ending: Ending
     error: bool = False
     relevant: bool = True
 
@@ -226,7 +227,7 @@ class StepMetrics(Message, frozen=True):
     loss: float
     grad_norm: float
     values: dict[str, float]
-    dropped: dict[str, str] = {}
+    dropped: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class TrainStep(Request[StepMetrics], frozen=True):
@@ -276,7 +277,7 @@ class OpenEngine(Request[Opened], frozen=True):
 
 
 class OpenLearner(Request[Opened], frozen=True):
-    """`OpenLearner(model="runs/a/model", weights_fd=7, slots=3, threads=1, algorithm=..., learner=..., temperature=1)`."""
+    """`OpenLearner(model="runs/a/model", weights_fd=7, slots=3, threads=1, algorithm=..., ...)`."""
 
     model: str
     weights_fd: int

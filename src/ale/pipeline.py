@@ -1,9 +1,9 @@
 """The whole loop, wired. This file sees everything and is seen by none: read it to know what a run is.
 
-    tasks -> Generator -- Group --> SampleBuffer -- Batch --> Trainer -> new weights -> Policy
-                |   ^                                           |
-        Rollout v   | Trajectory                                +-> gives its slots back
-              EnvManager -> Sandbox, Policy, Reward
+tasks -> Generator -- Group --> SampleBuffer -- Batch --> Trainer -> new weights -> Policy
+            |   ^                                           |
+    Rollout v   | Trajectory                                +-> gives its slots back
+          EnvManager -> Sandbox, Policy, Reward
 """
 
 from __future__ import annotations
@@ -267,7 +267,11 @@ async def _model_directory(config: RunConfig, source: Source, target: Path) -> P
 
     texts = list[str]()
     for task in islice(source.train, _CORPUS_TASKS):
-        texts += [task.instruction, *map(render, task.solution), *(f.data.decode("utf-8", "replace") for f in task.files)]
+        texts += [
+            task.instruction,
+            *map(render, task.solution),
+            *(f.data.decode("utf-8", "replace") for f in task.files),
+        ]
     await asyncio.to_thread(save_nano, target, texts, seed=config.seed)
     return target
 

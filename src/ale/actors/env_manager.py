@@ -1,4 +1,4 @@
-"""The environment manager: runs episodes, up to `concurrency` at once. A failed episode is a trajectory with a cause."""
+"""The environment manager: runs episodes, up to `concurrency` at once. A failed one is a trajectory with a cause."""
 
 from __future__ import annotations
 

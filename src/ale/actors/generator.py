@@ -87,7 +87,9 @@ class Generator(Actor):
                         started += 1
         if len(members) == size:
             return members
-        logger.warning("group %s: task %s failed %d times; the group is dropped", name, task.id, attempts - len(members))
+        logger.warning(
+            "group %s: task %s failed %d times; the group is dropped", name, task.id, attempts - len(members)
+        )
         for t in members:
             self._ledger.drop(t.id, str(Reason.GROUP_TOO_SMALL), t.action_tokens)
         return None

@@ -20,11 +20,12 @@ from ale.agent.chat import Chat
 from ale.config import AgentConfig
 from ale.envs.env import Env
 from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, WorkerDied
-from ale.messages import Chunk, Demonstration, Generate, Rollout, Sampling, Status, ToolResult, Trajectory, Turn
+from ale.messages import Chunk, Demonstration, Ending, Generate, Rollout, Sampling, Status, ToolResult, Trajectory, Turn
 from ale.policy.port import Policy
 from ale.task import Task
 from ale.wire import Array
 
+_ENDINGS: dict[type, Ending] = {Answer: "answer", Call: "call", Malformed: "malformed"}
 _CUT = "error: the turn was cut at its token limit"
 
 
@@ -44,10 +45,8 @@ class _Record:
     def add(self, turn: Turn, ending: Answer | Call | Malformed) -> None:
         start = len(self.tokens)
         self.tokens += turn.tokens_A.numpy().tolist()
-        kind = {Answer: "answer", Call: "call", Malformed: "malformed"}[type(ending)]
-        if turn.finish == "length":
-            kind = "cut"
-        self.chunks.append(Chunk(start, len(self.tokens), kind, error=kind in ("malformed", "cut")))  # type: ignore[arg-type]
+        kind: Ending = "cut" if turn.finish == "length" else _ENDINGS[type(ending)]
+        self.chunks.append(Chunk(start, len(self.tokens), kind, error=kind in ("malformed", "cut")))
         self.logp.append(turn.logp_A)
         self.logp_sampled.append(turn.logp_sampled_A)
         self.version.append(turn.version_A)
@@ -56,7 +55,7 @@ class _Record:
 async def run_episode(
     rollout: Rollout, policy: Policy, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig
 ) -> Trajectory:
-    """Runs one episode. A failure of the sandbox, the policy or the tests is a status of the trajectory, not an error."""
+    """Runs one episode. A failure of sandbox, policy or tests is a status of the trajectory, not an exception."""
     began, version = time.monotonic(), policy.version
     record = _Record()
     reward: float | None = None

@@ -24,17 +24,9 @@ _MAX_REWARD_BYTES = 64
 
 async def grade(engine: SandboxEngine, task: Task, snapshot: Snapshot, *, label: str = "") -> Score:
     """Runs `tests/test.sh` and reads the reward. Raises `EvaluatorError` and `SandboxError`."""
-    scratch = Path(tempfile.mkdtemp(prefix="ale-grade-", dir=engine.scratch))
+    scratch = Path(tempfile.mkdtemp(prefix="grade-", dir=engine.scratch))
     try:
-        scratch.chmod(0o755)
-        tests, logs = scratch / "tests", scratch / "logs"
-        logs.mkdir()
-        logs.chmod(0o777)  # the sandbox's user, whoever that is; the way to it is open to nobody else
-        for file in task.tests:
-            path = tests / file.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.data)
-            path.chmod(file.mode)
+        tests, logs = _lay_out(scratch, task)
         completed = await engine.run(
             SandboxSpec(
                 base=snapshot,
@@ -52,6 +44,20 @@ async def grade(engine: SandboxEngine, task: Task, snapshot: Snapshot, *, label:
         return Score(reward=_read_reward(logs / _REWARD_NAME, task.id, output), output=output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _lay_out(scratch: Path, task: Task) -> tuple[Path, Path]:
+    """The tests, and an empty directory that they may write to. A few small files: not worth a thread."""
+    scratch.chmod(0o755)
+    tests, logs = scratch / "tests", scratch / "logs"
+    logs.mkdir()
+    logs.chmod(0o777)  # the sandbox's user, whoever that is; the way to it is open to nobody else
+    for file in task.tests:
+        path = tests / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.data)
+        path.chmod(file.mode)
+    return tests, logs
 
 
 def _read_reward(path: Path, task: str, output: str) -> float:

@@ -77,7 +77,9 @@ class TerminalEnv:
         text = (completed.text() + completed.text("stderr")).rstrip("\n")
         limit = self._max_output_chars
         if len(text) > limit:
-            text = f"{text[: limit // 2]}\n[... {len(text) - limit} characters cut ...]\n{text[-(limit - limit // 2) :]}"
+            text = (
+                f"{text[: limit // 2]}\n[... {len(text) - limit} characters cut ...]\n{text[-(limit - limit // 2) :]}"
+            )
         if completed.timed_out:
             ending = f"[timed out after {self._command_timeout_s:g} s]"
         elif completed.signal is not None:

@@ -87,7 +87,9 @@ class Learner:
 
     def imitate(self, demonstrations: Sequence[Demonstration], learning_rate: float) -> StepMetrics:
         """One supervised update (eq. 1, 2): error and task masks decide which chunks carry loss."""
-        batches = split([d.tokens_T for d in demonstrations], [d.chunks for d in demonstrations], self.settings.micro_tokens)
+        batches = split(
+            [d.tokens_T for d in demonstrations], [d.chunks for d in demonstrations], self.settings.micro_tokens
+        )
         parts = [
             Batch(Layout.of([_segments(demonstrations[i].chunks, 1.0, supervised=True) for i in batch.index]))
             for batch in batches
@@ -109,7 +111,9 @@ class Learner:
                 dropped[s.trajectory.id] = Reason.LOGP_NOT_FINITE
         kept = [s for s in samples if s.trajectory.id not in dropped]
         old_s = time.perf_counter() - started
-        batches = split([s.trajectory.tokens_T for s in kept], [s.trajectory.chunks for s in kept], self.settings.micro_tokens)
+        batches = split(
+            [s.trajectory.tokens_T for s in kept], [s.trajectory.chunks for s in kept], self.settings.micro_tokens
+        )
         parts = []
         for batch in batches:
             members = [kept[i] for i in batch.index]
@@ -131,7 +135,9 @@ class Learner:
             try:
                 metrics = self._update(self.objective, batches, parts, self._learning_rate(), self.settings.temperature)
             except _LogpNotFinite as error:
-                raise LearnerError("the policy left the numbers between two steps on one batch: lower the rate") from error
+                raise LearnerError(
+                    "the policy left the numbers between two steps on one batch: lower the rate"
+                ) from error
         values = metrics.values | truth | {"pi_old_s": old_s}
         return self._publish(msgspec.structs.replace(metrics, values=values, dropped=dropped))
 
@@ -144,7 +150,12 @@ class Learner:
         return self.settings.learning_rate * min(1.0, (self._steps + 1) / (self.settings.warmup_steps + 1))
 
     def _update(
-        self, goal: Objective, batches: Sequence[MicroBatch], parts: Sequence[Batch], learning_rate: float, temperature: float
+        self,
+        goal: Objective,
+        batches: Sequence[MicroBatch],
+        parts: Sequence[Batch],
+        learning_rate: float,
+        temperature: float,
     ) -> StepMetrics:
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
@@ -208,19 +219,27 @@ class Learner:
             return recorded, {}
         old = {id_: torch.full_like(logp, math.nan) for id_, logp in recorded.items()}
         versions = {s.trajectory.id: _tensor(s.trajectory.version_A.numpy()) for s in samples}
-        wanted = {self.version} if mode == "proximal" else {int(v) for vs in versions.values() for v in vs.unique()}
+        wanted = (
+            {self.version} if mode == "proximal" else {int(v) for vs in versions.values() for v in set(vs.tolist())}
+        )
         for version in sorted(wanted):
             if version != self.version and not self.version - self.ring.layout.slots < version < self.version:
                 raise LearnerError(f"the weights of version {version} are gone; training is at {self.version}")
             members = [s for s in samples if mode == "proximal" or bool((versions[s.trajectory.id] == version).any())]
             weights = self.ring.views(self.ring.slot_of(version))
             for batch in split(
-                [s.trajectory.tokens_T for s in members], [s.trajectory.chunks for s in members], self.settings.micro_tokens
+                [s.trajectory.tokens_T for s in members],
+                [s.trajectory.chunks for s in members],
+                self.settings.micro_tokens,
             ):
                 logp_A = action_logp_under(self.model, weights, batch, self.settings.temperature)
                 ids = [members[i].trajectory.id for i in batch.index]
-                for id_, logp in zip(ids, logp_A.split([len(recorded[i]) for i in ids]), strict=True):
-                    own = torch.ones_like(versions[id_], dtype=torch.bool) if mode == "proximal" else versions[id_] == version
+                for id_, logp in zip(ids, torch.split(logp_A, [len(recorded[i]) for i in ids]), strict=True):
+                    own = (
+                        torch.ones_like(versions[id_], dtype=torch.bool)
+                        if mode == "proximal"
+                        else versions[id_] == version
+                    )
                     old[id_][own] = logp[own]
         gap = torch.cat([(old[id_] - recorded[id_]).abs() for id_ in old]) if old else torch.zeros(0)
         if mode == "proximal" or not len(gap):

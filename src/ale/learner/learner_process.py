@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -89,7 +90,5 @@ def _objective(algorithm: AlgorithmConfig) -> Objective:
 
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(EOFError):
         serve(Requests(int(sys.argv[1]), (OpenLearner, TrainStep, Imitate, StartPolicyOptimization, SaveCheckpoint)))
-    except EOFError:
-        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import torch
@@ -61,7 +62,5 @@ def _handle(engine: Engine, ring: WeightRing | None, requests: Requests, number:
 
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(EOFError):
         serve(Requests(int(sys.argv[1]), (OpenEngine, Generate, EndSession, LoadWeights, GetStatistics)))
-    except EOFError:
-        pass

@@ -69,7 +69,7 @@ class KVRows:
                 layer[target, :, :length] = layer[source, :, :length]
 
 
-class RowsCache(Cache):
+class RowsCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """Lets a transformers model read and write some rows of `KVRows` in one forward.
 
     `start_B` is the first position each row writes; `count_B` how many of the Q queries of a row are real (the rest is
@@ -82,7 +82,7 @@ class RowsCache(Cache):
         super().__init__(layers=[_Layer(store, i, rows, start_B, count_B, end) for i in range(store.layers)])
 
 
-class _Layer(CacheLayerMixin):
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
 
     def __init__(
