@@ -1,9 +1,12 @@
-"""Where a tensor is computed: the one place that the kernels dispatch on."""
+"""Where a tensor is computed, the one place that the operations dispatch on, and what a launch needs to know of it."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+TMA_ALIGNMENT = 16
+"""Bytes that a descriptor's base address and outer strides must be a multiple of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +37,22 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The type that sums are kept in: fp32, and fp64 for fp64."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def takes_tma(tensor: Tensor, chip: Chip) -> bool:
+    """Whether a kernel can read the tensor through a TMA descriptor: sm_90 on, last axis dense, the rest aligned."""
+    if chip.capability[0] < 9 or tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % TMA_ALIGNMENT:
+        return False
+    return all(stride > 0 and stride * tensor.itemsize % TMA_ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+
+
+def multiplies_in_fp32(dtype: torch.dtype) -> bool:
+    """Whether a kernel has to upcast before it multiplies: Triton's interpreter takes bf16 bits for integers."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret) and dtype is torch.bfloat16

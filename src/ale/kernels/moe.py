@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ale.kernels.device import chip_of, under_autocast
+from ale.kernels.device import chip_of, under_autocast, wide
 from ale.kernels.grouped_gemm import grouped_gemm, op
 
 STREAM_ROWS = 192
@@ -34,7 +34,7 @@ def moe(x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_E2ID: Tens
     order_M, ends_E = sort_by_expert(experts_TJ, gate_up.shape[0])
     inputs = (x, weights_TJ, gate_up, down)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        y: Tensor = _MoE.apply(*inputs, order_M, ends_E)
+        y: Tensor = _MoE.apply(*inputs, order_M, ends_E)  # type: ignore[no-untyped-call]
     else:  # a decoding step is short enough to feel the autograd call
         y, _ = _forward(*inputs, order_M, ends_E, keep_pre=False)
     return y.to(x_TD.dtype)
@@ -69,7 +69,7 @@ class _MoE(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, order_M = ctx.saved_tensors[2], ctx.saved_tensors[4]
         stream = chip_of(dy_TD) is None and cpu_path(order_M.shape[0], gate_up.shape[0]) == "stream"
@@ -148,7 +148,7 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor | None]:
     token_M = order_M // weights_TJ.shape[1]
     scale_M1 = weights_TJ.reshape(-1, 1).index_select(0, order_M).to(x_TD.dtype)
-    y_TD = torch.zeros(x_TD.shape, dtype=op.wide(x_TD))
+    y_TD = torch.zeros(x_TD.shape, dtype=wide(x_TD))
     if cpu_path(order_M.shape[0], gate_up.shape[0]) == "grouped":
         h_MI, pre = op.gemm(x_TD.index_select(0, token_M), gate_up.mT, ends_E, swiglu=True, keep_pre=keep_pre)
         # the routing weight on h, which is narrower than y or equal: (s h) w = s (h w)
@@ -178,7 +178,7 @@ def _backward_streamed(
 ) -> tuple[Tensor | None, ...]:
     token_M = order_M // weights_TJ.shape[1]
     scale_M1 = weights_TJ.reshape(-1, 1).index_select(0, order_M).to(x_TD.dtype)
-    dx_TD = torch.zeros(x_TD.shape, dtype=op.wide(x_TD)) if needs[0] else None
+    dx_TD = torch.zeros(x_TD.shape, dtype=wide(x_TD)) if needs[0] else None
     dgate_up = torch.zeros_like(gate_up) if needs[2] else None
     ddown = torch.zeros_like(down) if needs[3] else None
     dweights_M = torch.empty_like(weights_TJ).view(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ale.kernels.device import Chip, chip_of, under_autocast
+from ale.kernels.device import TMA_ALIGNMENT, Chip, chip_of, multiplies_in_fp32, takes_tma, under_autocast, wide
 from ale.kernels.grouped_gemm import tiles
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +48,9 @@ def grouped_gemm(
     x_RK, w_EKN = under_autocast(x_RK, w_EKN)
     _check(x_RK, w_EKN, ends_E, gather_M, scatter_M, scale_M, top_k, swiglu)
     ends_E = ends_E.to(torch.int32)
-    y: Tensor = _GroupedGemm.apply(x_RK, w_EKN, scale_M, ends_E, gather_M, scatter_M, top_k, swiglu, tf32)
+    y: Tensor = _GroupedGemm.apply(  # type: ignore[no-untyped-call]
+        x_RK, w_EKN, scale_M, ends_E, gather_M, scatter_M, top_k, swiglu, tf32
+    )
     return y
 
 
@@ -76,7 +78,7 @@ class _GroupedGemm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_RK, w_EKN, scale_M, ends_E, gather_M, scatter_M, pre = ctx.saved_tensors
         needs_x, needs_w, needs_scale = ctx.needs_input_grad[:3]
@@ -105,10 +107,6 @@ def _compose(scatter_M: Tensor | None, gather_M: Tensor | None, M: int, device: 
     """The row of y that row `gather[m]` of the slots of x went to, for each slot."""
     out_M = torch.arange(M, device=device) if scatter_M is None else scatter_M.long()
     return out_M if gather_M is None else torch.empty_like(out_M).index_copy_(0, gather_M.long(), out_M)
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 def sum_slots(y_MN: Tensor, top_k: int) -> Tensor:
@@ -278,7 +276,7 @@ def _launch_gemm(
         chip,
         w_EKN.mT if k_major else w_EKN,
         (1, tile.n, tile.k) if k_major else (1, tile.k, tile.n),
-        wanted=k_major or not swiglu or N * w_EKN.itemsize % tiles.TMA_ALIGNMENT == 0,  # the up half starts at N
+        wanted=k_major or not swiglu or N * w_EKN.itemsize % TMA_ALIGNMENT == 0,  # the up half starts at N
     )
     most_tiles = (-(-M // tile.m) + E) * -(-N // tile.n)
     programs = min(chip.processors, most_tiles)
@@ -291,7 +289,8 @@ def _launch_gemm(
         TOP_K=top_k, GATHER=gather_M is not None, SCATTER=scatter_M is not None, SCALE=scale_M is not None,
         SWIGLU=swiglu, STORE_PRE=keep_pre, X_TMA=x_tma, W_TMA=w_tma, W_K_MAJOR=k_major,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group, LANES_E=_lanes(E), PROGRAMS=programs,
-        PRECISION="tf32" if tf32 else "ieee", UPCAST=_upcast(x_RK.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION="tf32" if tf32 else "ieee", UPCAST=multiplies_in_fp32(x_RK.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y_MN, pre
 
@@ -323,7 +322,8 @@ def _launch_weight_grad(
         E, K, N, *x_RK.stride(), *dy_MN.stride(), *dw_EKN.stride(),
         TOP_K=top_k, GATHER_X=gather_x_M is not None, GATHER_DY=gather_dy_M is not None, X_TMA=x_tma, DY_TMA=dy_tma,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_K=tile.group, LANES_E=_lanes(E), PROGRAMS=programs,
-        PRECISION="tf32" if tf32 else "ieee", UPCAST=_upcast(x_RK.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION="tf32" if tf32 else "ieee", UPCAST=multiplies_in_fp32(x_RK.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -348,9 +348,7 @@ def _launch_swiglu_backward(
 
 def _operand(chip: Chip, tensor: Tensor, block: tuple[int, ...], *, wanted: bool) -> tuple[Any, bool]:
     """The tensor as the kernel takes it: a TMA descriptor of `block` where the layout allows one, else its pointer."""
-    if wanted and tiles.takes_tma(
-        tuple(tensor.shape), tensor.stride(), tensor.itemsize, tensor.data_ptr(), chip.capability[0]
-    ):
+    if wanted and takes_tma(tensor, chip):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         return TensorDescriptor.from_tensor(tensor, list(block)), True
@@ -359,12 +357,6 @@ def _operand(chip: Chip, tensor: Tensor, block: tuple[int, ...], *, wanted: bool
 
 def _lanes(E: int) -> int:
     return 1 << (E - 1).bit_length()
-
-
-def _upcast(dtype: torch.dtype) -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret) and dtype is torch.bfloat16
 
 
 def _check(

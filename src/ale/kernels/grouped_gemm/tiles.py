@@ -9,14 +9,13 @@ from typing import Literal
 
 import torch
 
+from ale.kernels.device import TMA_ALIGNMENT
+
 CpuPath = Literal["grouped_mm", "loop", "upcast"]
 
 BF16_LOOP_FLOPS = 1e8
 """bf16 products above this many operations per expert go to one `mm` each: the library's blocked bf16 kernels then win
 over `grouped_mm` where the processor has AMX (1.8x) and tie elsewhere. Below it the calls themselves dominate."""
-
-TMA_ALIGNMENT = 16
-"""Bytes that a descriptor's base address and outer strides must be a multiple of."""
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 8, 256
 """Block of the elementwise backward of SwiGLU: 16 values a thread at 4 warps."""
@@ -72,10 +71,3 @@ def weight_grad_tile(K: int, N: int, dtype: torch.dtype, capability: tuple[int, 
     if capability[0] >= 9:
         return Tile(deep, side, side, warps=8 if side == 128 else 4, stages=3)
     return Tile(32, side, side, warps=8 if side == 128 else 4, stages=3)
-
-
-def takes_tma(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, address: int, capability: int) -> bool:
-    """Whether a tensor can be read through a TMA descriptor: sm_90 on, last axis dense, the rest 16-byte aligned."""
-    if capability < 9 or strides[-1] != 1 or min(shape) == 0 or address % TMA_ALIGNMENT:
-        return False
-    return all(stride > 0 and stride * itemsize % TMA_ALIGNMENT == 0 for stride in strides[:-1])
