@@ -5,6 +5,6 @@ Importing it imports torch only; triton comes in when the first CUDA tensor does
 
 from ale.kernels.grouped_gemm import grouped_gemm
 from ale.kernels.linear_logprob import linear_logprob
-from ale.kernels.moe import moe, register_experts
+from ale.kernels.moe import moe_experts, register_experts
 
-__all__ = ["grouped_gemm", "linear_logprob", "moe", "register_experts"]
+__all__ = ["grouped_gemm", "linear_logprob", "moe_experts", "register_experts"]

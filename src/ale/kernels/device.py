@@ -33,7 +33,7 @@ def chip_of(tensor: Tensor) -> Chip | None:
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts matrix operands as autocast would, which does not see into the operations here."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)
@@ -44,11 +44,16 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
-def takes_tma(tensor: Tensor, chip: Chip) -> bool:
-    """Whether a kernel can read the tensor through a TMA descriptor: sm_90 on, last axis dense, the rest aligned."""
-    if chip.capability[0] < 9 or tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % TMA_ALIGNMENT:
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether rows can be moved 16 bytes at a time: last axis dense, base address and other strides multiples of 16."""
+    if tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % TMA_ALIGNMENT:
         return False
     return all(stride > 0 and stride * tensor.itemsize % TMA_ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+
+
+def takes_tma(tensor: Tensor, chip: Chip) -> bool:
+    """Whether a kernel can read the tensor through a TMA descriptor, which sm_90 brought."""
+    return chip.capability[0] >= 9 and is_aligned(tensor)
 
 
 def multiplies_in_fp32(dtype: torch.dtype) -> bool:

@@ -22,7 +22,7 @@ STREAM_ROWS = 192
 grouped products over all experts cost fewer calls (bench/results/kernels.json, rows `grouped_gemm/moe/...`)."""
 
 
-def moe(x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> Tensor:
+def moe_experts(x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> Tensor:
     """`y[t] = sum over j of weights[t, j] * (silu(x[t] @ gate_e^T) * (x[t] @ up_e^T)) @ down_e^T`, e = experts[t, j].
 
     `gate_up_E2ID[e] = [gate_e; up_e]`, as `transformers` stores it. Differentiable in x, weights and both matrices.
@@ -249,7 +249,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         gate_up, down = self.gate_up_proj, self.down_proj
         if self.is_transposed:
             gate_up, down = gate_up.mT, down.mT
-        return moe(hidden_states, top_k_index, top_k_weights, gate_up, down)
+        return moe_experts(hidden_states, top_k_index, top_k_weights, gate_up, down)
     return _composed_experts(self, hidden_states, top_k_index, top_k_weights)
 
 

@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ale.kernels.device import TMA_ALIGNMENT, Chip, chip_of, multiplies_in_fp32, takes_tma, under_autocast, wide
+from ale.kernels.device import (
+    TMA_ALIGNMENT,
+    Chip,
+    chip_of,
+    is_aligned,
+    multiplies_in_fp32,
+    takes_tma,
+    under_autocast,
+    wide,
+)
 from ale.kernels.grouped_gemm import tiles
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -269,8 +278,9 @@ def _launch_gemm(
     pre = x_RK.new_empty(M, columns) if keep_pre else None
     if y_MN.numel() == 0:
         return y_MN, pre
-    tile = tiles.gemm_tile(M, E, N, x_RK.dtype, chip.capability, swiglu=swiglu, tf32=tf32)
     k_major = w_EKN.stride(1) == 1 and w_EKN.stride(2) != 1
+    aligned = is_aligned(x_RK) and is_aligned(w_EKN.mT if k_major else w_EKN)
+    tile = tiles.gemm_tile(M, E, N, x_RK.dtype, chip.capability, aligned=aligned, swiglu=swiglu, tf32=tf32)
     x, x_tma = _operand(chip, x_RK, (tile.m, tile.k), wanted=gather_M is None)
     w, w_tma = _operand(
         chip,
@@ -311,7 +321,8 @@ def _launch_weight_grad(
     if dw_EKN.numel() == 0:
         return
     E, K, N = dw_EKN.shape
-    tile = tiles.weight_grad_tile(K, N, x_RK.dtype, chip.capability, tf32=tf32)
+    aligned = is_aligned(x_RK) and is_aligned(dy_MN)
+    tile = tiles.weight_grad_tile(K, N, x_RK.dtype, chip.capability, aligned=aligned, tf32=tf32)
     x, x_tma = _operand(chip, x_RK, (tile.m, tile.k), wanted=gather_x_M is None)
     dy, dy_tma = _operand(chip, dy_MN, (tile.m, tile.n), wanted=gather_dy_M is None)
     programs = min(chip.processors, E * -(-K // tile.k) * -(-N // tile.n))

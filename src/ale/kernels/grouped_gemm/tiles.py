@@ -45,27 +45,47 @@ def cpu_path(M: int, E: int, K: int, N: int, dtype: torch.dtype, *, fp16_native:
 
 
 def gemm_tile(
-    M: int, E: int, N: int, dtype: torch.dtype, capability: tuple[int, int], *, swiglu: bool = False, tf32: bool = False
+    M: int,
+    E: int,
+    N: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    aligned: bool = True,
+    swiglu: bool = False,
+    tf32: bool = False,
 ) -> Tile:
-    """The tile of the forward product and of dX. `N` counts columns of the output."""
+    """The tile of the forward product and of dX. `N` counts columns of the output.
+
+    Operands that are not `aligned` (16 bytes) pass through registers element by element: a small tile leaves room.
+    """
     rows = -(-M // E)
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
     if dtype is torch.float32 and not tf32:
-        # no matrix unit in exact fp32: small tiles, all of it in registers
-        return Tile(min(m, 64), 32 if swiglu else 64, 16, warps=4, stages=2)
+        # no matrix unit in exact fp32: the tile lives in registers
+        m = min(m, 64)
+        return Tile(m, 32 if swiglu else 64, 16, warps=8 if swiglu and m == 64 else 4, stages=2)
+    if not aligned:
+        return Tile(min(m, 64), 32 if swiglu else 64, 32, warps=4, stages=2)
+    k = 32 if dtype is torch.float32 else 64
+    n = 64 if swiglu or N <= 64 else 128  # swiglu has two accumulators
     if m < 128:
-        return Tile(m, 64 if swiglu or N <= 64 else 128, 32 if dtype is torch.float32 else 64, warps=4, stages=3)
-    deep = 32 if dtype is torch.float32 else 64
-    if capability[0] >= 9:
-        n = 128 if swiglu else 256
-        return Tile(128, 64 if N <= 64 else 128 if N <= 128 else n, deep, warps=8, stages=3)
-    return Tile(128, 64 if swiglu or N <= 64 else 128, deep if dtype is not torch.float32 else 16, warps=8, stages=3)
+        return Tile(m, n, k, warps=4, stages=3)
+    if capability[0] < 9:
+        return Tile(m, n, 16 if dtype is torch.float32 else 64, warps=8, stages=3)
+    if N > 128 and not swiglu and dtype is not torch.float32:
+        return Tile(m, 256, k, warps=8, stages=3)
+    return Tile(m, n, k, warps=8, stages=3 if dtype is torch.float32 else 4)
 
 
-def weight_grad_tile(K: int, N: int, dtype: torch.dtype, capability: tuple[int, int], *, tf32: bool = False) -> Tile:
+def weight_grad_tile(
+    K: int, N: int, dtype: torch.dtype, capability: tuple[int, int], *, aligned: bool = True, tf32: bool = False
+) -> Tile:
     """The tile of dW: `k` by `n` of the result, summed over `m` rows at a time."""
     if dtype is torch.float32 and not tf32:
-        return Tile(16, 64, 64, warps=4, stages=2)
+        return Tile(16, 64, 64, warps=8, stages=2)
+    if not aligned:
+        return Tile(32, 64, 64, warps=4, stages=2)
     side = 64 if min(K, N) <= 64 else 128
     deep = 32 if dtype is torch.float32 else 64
     if capability[0] >= 9:

@@ -78,6 +78,9 @@ class _LinearLogprob(torch.autograd.Function):
             dlogp_T = torch.zeros_like(lse_T)
         if dentropy_T is None:
             mean_T = None
+        if h_TD.shape[0] == 0:
+            dh, dw = (torch.zeros_like(t) if needed else None for t, needed in ((h_TD, needs_h), (w_VD, needs_w)))
+            return dh, dw, None, None, None
         chip = chip_of(h_TD)
         inputs = (h_TD, w_VD, token_T, lse_T, mean_T, dlogp_T.contiguous(), dentropy_T, ctx.temperature)
         if chip is None:
@@ -179,14 +182,15 @@ def _launch_sums(chip: Chip, h_TD: Tensor, w_VD: Tensor, token_T: Tensor, temper
     from ale.kernels.linear_logprob import kernel
 
     (T, D), V = h_TD.shape, w_VD.shape[0]
-    tile = tiles.tile(T, h_TD.dtype, chip.capability)
+    tma = takes_tma(h_TD, chip) and takes_tma(w_VD, chip)
+    tile = tiles.sums_tile(T, h_TD.dtype, chip.capability)
     slices, per_slice = tiles.slices(T, V, tile, chip.processors)
     max_ST, sum_ST = (h_TD.new_empty(slices, T, dtype=torch.float32) for _ in range(2))
     dot_ST = torch.empty_like(sum_ST) if entropy else sum_ST
     chosen_T = h_TD.new_empty(T, dtype=torch.float32)
     if T == 0:
         return _Sums(chosen_T, chosen_T.clone(), chosen_T.clone() if entropy else None)
-    h, w, tma = _operands(chip, h_TD, w_VD, tile)
+    h, w = _operands(h_TD, w_VD, tile, tma)
     kernel.linear_logprob_kernel[(-(-T // tile.m) * slices,)](
         h, w, token_T, max_ST, sum_ST, dot_ST, chosen_T, T, V, D, per_slice, 1.0 / temperature,
         *h_TD.stride(), *w_VD.stride(), ENTROPY=entropy, TMA=tma, UPCAST=multiplies_in_fp32(h_TD.dtype),
@@ -217,9 +221,7 @@ def _backward_fused(
 
     (T, D), V = h_TD.shape, w_VD.shape[0]
     dh_TD = h_TD.new_zeros(T, D, dtype=torch.float32) if needs_h else None
-    dw_VD = w_VD.new_zeros(V, D) if needs_w else None
-    if T == 0:
-        return None if dh_TD is None else dh_TD.to(h_TD.dtype), dw_VD
+    dw_VD = w_VD.new_empty(V, D) if needs_w else None
     with_entropy = mean_T is not None and dentropy_T is not None
     # gradients are divided by their largest, so that the half types keep them whatever the scale of the loss
     largest = dlogp_T.abs().max()
@@ -227,8 +229,9 @@ def _backward_fused(
         largest = torch.maximum(largest, dentropy_T.abs().max())
         dentropy_T = (dentropy_T / largest.clamp(min=1e-30)).contiguous()
     dlogp_T = dlogp_T / largest.clamp(min=1e-30)
-    tile = tiles.tile(T, h_TD.dtype, chip.capability)
-    h, w, tma = _operands(chip, h_TD, w_VD, tile)
+    tma = takes_tma(h_TD, chip) and takes_tma(w_VD, chip)
+    tile = tiles.grad_tile(T, h_TD.dtype, chip.capability, tma=tma)
+    h, w = _operands(h_TD, w_VD, tile, tma)
     size = min(V, tiles.chunk(V))
     scratch = h_TD.new_empty(T * size)
     for begin in range(0, V, size):
@@ -255,16 +258,15 @@ def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _operands(chip: Chip, h_TD: Tensor, w_VD: Tensor, tile: tiles.Tile) -> tuple[Any, Any, bool]:
+def _operands(h_TD: Tensor, w_VD: Tensor, tile: tiles.Tile, tma: bool) -> tuple[Any, Any]:
     """h and w as the kernels take them: TMA descriptors where both layouts allow it, else pointers."""
-    if not (takes_tma(h_TD, chip) and takes_tma(w_VD, chip)):
-        return h_TD, w_VD, False
+    if not tma:
+        return h_TD, w_VD
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return (
         TensorDescriptor.from_tensor(h_TD, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(w_VD, [tile.n, tile.k]),
-        True,
     )
 
 

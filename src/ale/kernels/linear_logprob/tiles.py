@@ -28,13 +28,20 @@ class Tile:
     """Tiles of tokens that share their columns of the weight while these are in L2."""
 
 
-def tile(T: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """The tile of both kernels."""
+def sums_tile(T: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
+    """The tile of the forward, whose running sums want registers beside the product."""
     if dtype is torch.float32:
         return Tile(32 if T <= 32 else 64, 64, 16, warps=4, stages=2)
     if T <= 64:
-        return Tile(16 if T <= 16 else 32 if T <= 32 else 64, 128, 64, warps=4, stages=3)
-    return Tile(128, 256 if capability[0] >= 9 else 128, 64, warps=8, stages=3)
+        return Tile(16 if T <= 16 else 32 if T <= 32 else 64, 128, 64, warps=8 if T > 32 else 4, stages=3)
+    return Tile(128, 128, 64, warps=8, stages=4 if capability[0] >= 9 else 3)
+
+
+def grad_tile(T: int, dtype: torch.dtype, capability: tuple[int, int], *, tma: bool) -> Tile:
+    """The tile of the backward's kernel."""
+    if tma and T > 64 and dtype is not torch.float32:
+        return Tile(128, 256, 64, warps=8, stages=3)
+    return sums_tile(T, dtype, capability)
 
 
 def slices(T: int, V: int, tile: Tile, processors: int) -> tuple[int, int]:
