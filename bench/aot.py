@@ -155,7 +155,7 @@ def table(rows: list[Resources]) -> str:
         "# Triton kernels, compiled ahead of time",
         "",
         "Written by `python -m bench.aot --write`; a test compares it. **Not yet run on a GPU.** Occupancy is the "
-        "share of a multiprocessor's warps; a persistent kernel with all of its shared memory in flight wants little of it.",
+        "share of a multiprocessor's warps; a persistent kernel with its shared memory in flight wants little of it.",
         "",
         "| configuration | sm | registers | shared bytes | stack | local | occupancy | instructions |",
         "|---|---|---|---|---|---|---|---|",

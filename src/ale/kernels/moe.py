@@ -48,10 +48,12 @@ def sort_by_expert(experts_TJ: Tensor, num_experts: int) -> tuple[Tensor, Tensor
         in_range = (sorted_M[:1] >= 0).all() & (sorted_M[-1:] < num_experts).all()
         torch._assert_async(in_range, "an expert index is out of range")
         return order_M, torch.searchsorted(sorted_M, last_E, right=True, out_int32=True)
-    if sorted_M.numel() and not (sorted_M[0] >= 0 and sorted_M[-1] < num_experts):
-        lowest, highest = sorted_M[0].item(), sorted_M[-1].item()
-        raise ValueError(f"expected expert indices in [0, {num_experts}), got {lowest} to {highest}")
-    rows_E = torch.bincount(sorted_M, minlength=num_experts)
+    try:
+        rows_E = torch.bincount(sorted_M, minlength=num_experts)
+    except RuntimeError as error:  # what bincount makes of a negative value
+        raise ValueError(f"expected expert indices in [0, {num_experts}), got {sorted_M[0].item()}") from error
+    if rows_E.shape[0] != num_experts:
+        raise ValueError(f"expected expert indices in [0, {num_experts}), got {sorted_M[-1].item()}")
     return order_M, rows_E.cumsum(0, dtype=torch.int32)
 
 
@@ -71,9 +73,7 @@ class _MoE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, order_M = ctx.saved_tensors[2], ctx.saved_tensors[4]
-        stream = chip_of(dy_TD) is None and cpu_path(order_M.shape[0], gate_up.shape[0]) == "stream"
-        backward = _backward_streamed if stream else _backward_grouped
+        backward = _backward_cpu if chip_of(dy_TD) is None else _backward_fused
         return *backward(dy_TD, *ctx.saved_tensors, needs=ctx.needs_input_grad), None, None
 
 
@@ -109,7 +109,7 @@ def _forward_fused(
     return op.sum_slots(y_MD, top_k), pre
 
 
-def _backward_grouped(
+def _backward_fused(
     dy_TD: Tensor,
     x_TD: Tensor,
     weights_TJ: Tensor,
@@ -164,7 +164,7 @@ def _forward_cpu(
     return y_TD.to(x_TD.dtype), pre
 
 
-def _backward_streamed(
+def _backward_cpu(
     dy_TD: Tensor,
     x_TD: Tensor,
     weights_TJ: Tensor,
@@ -179,20 +179,32 @@ def _backward_streamed(
     token_M = order_M // weights_TJ.shape[1]
     scale_M1 = weights_TJ.reshape(-1, 1).index_select(0, order_M).to(x_TD.dtype)
     dx_TD = torch.zeros(x_TD.shape, dtype=wide(x_TD)) if needs[0] else None
-    dgate_up = torch.zeros_like(gate_up) if needs[2] else None
-    ddown = torch.zeros_like(down) if needs[3] else None
     dweights_M = torch.empty_like(weights_TJ).view(-1)
-    for expert, begin, end in _segments(ends_E):
-        token_m = token_M[begin:end]
-        dy = dy_TD.index_select(0, token_m)
-        dpre, h, dots = op.swiglu_backward_rows(pre[begin:end], _mm(dy, down[expert]), scale_M1[begin:end])
-        dweights_M.index_copy_(0, order_M[begin:end], dots.to(dweights_M.dtype))
+    if cpu_path(order_M.shape[0], gate_up.shape[0]) == "grouped":
+        dy_MD = dy_TD.index_select(0, token_M)
+        dh_MI, _ = op.gemm(dy_MD, down, ends_E)
+        dpre, h_MI, dots_M = op.swiglu_backward_rows(pre, dh_MI, scale_M1)
+        dweights_M.index_copy_(0, order_M, dots_M.to(dweights_M.dtype))
         if dx_TD is not None:
-            dx_TD.index_add_(0, token_m, _mm(dpre, gate_up[expert]).to(dx_TD.dtype))
-        if dgate_up is not None:
-            _mm(dpre.t(), x_TD.index_select(0, token_m), out=dgate_up[expert])
-        if ddown is not None:
-            _mm(dy.t(), h, out=ddown[expert])
+            dx_MD, _ = op.gemm(dpre, gate_up, ends_E)
+            dx_TD.index_add_(0, token_M, dx_MD.to(dx_TD.dtype))
+        x_MD = x_TD.index_select(0, token_M) if needs[2] else None
+        dgate_up = None if x_MD is None else op.weight_grad(x_MD, dpre, gate_up.mT, ends_E).mT
+        ddown = op.weight_grad(h_MI, dy_MD, down.mT, ends_E).mT if needs[3] else None
+    else:
+        dgate_up = torch.zeros_like(gate_up) if needs[2] else None
+        ddown = torch.zeros_like(down) if needs[3] else None
+        for expert, begin, end in _segments(ends_E):
+            token_m = token_M[begin:end]
+            dy = dy_TD.index_select(0, token_m)
+            dpre, h, dots = op.swiglu_backward_rows(pre[begin:end], _mm(dy, down[expert]), scale_M1[begin:end])
+            dweights_M.index_copy_(0, order_M[begin:end], dots.to(dweights_M.dtype))
+            if dx_TD is not None:
+                dx_TD.index_add_(0, token_m, _mm(dpre, gate_up[expert]).to(dx_TD.dtype))
+            if dgate_up is not None:
+                _mm(dpre.t(), x_TD.index_select(0, token_m), out=dgate_up[expert])
+            if ddown is not None:
+                _mm(dy.t(), h, out=ddown[expert])
     return None if dx_TD is None else dx_TD.to(x_TD.dtype), dweights_M.view_as(weights_TJ), dgate_up, ddown
 
 
