@@ -11,7 +11,7 @@ from ale.kernels.grouped_gemm import kernel, tiles
 from bench.aot import MATRIX, TMA, Spec
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-LANES_E, PROGRAMS = 128, 132
+LANES_E = 128
 CHIPS = (80, 90, 100)
 
 
@@ -61,7 +61,7 @@ def _gemm(chip: int, dtype: torch.dtype, tf32: bool, rows: int, use: str) -> Spe
         "TOP_K": 8 if swiglu else 1, "GATHER": swiglu, "SCATTER": scatter, "SCALE": use == "scatter",
         "SWIGLU": swiglu, "STORE_PRE": swiglu, "X_TMA": x_tma, "W_TMA": tma, "W_K_MAJOR": k_major,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group, "LANES_E": LANES_E,
-        "PROGRAMS": PROGRAMS, "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": False,
+        "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": False,
     }  # fmt: skip
     aligned = () if use == "unaligned" else ("K", "N", "stride_xm", "stride_we", "stride_wn", "stride_wk")
     expects = _expects(chip, dtype, tf32, tile.m, tma)
@@ -89,7 +89,7 @@ def _weight_grad(chip: int, dtype: torch.dtype, tf32: bool, use: str) -> Spec:
         "stride_xk": 1, "stride_dn": 1, "stride_wk": 1, "TOP_K": 8 if gather else 1,
         "GATHER_X": gather, "GATHER_DY": False, "X_TMA": x_tma, "DY_TMA": tma,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_K": tile.group, "LANES_E": LANES_E,
-        "PROGRAMS": PROGRAMS, "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": False,
+        "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": False,
     }  # fmt: skip
     aligned = () if use == "unaligned" else ("K", "N", "stride_xm", "stride_dm", "stride_we", "stride_wn")
     expects = _expects(chip, dtype, tf32, tile.k, tma)

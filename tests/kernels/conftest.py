@@ -1,18 +1,27 @@
-"""Runs the Triton kernels under Triton's interpreter on CPU tensors; real GPUs are not needed and not used here."""
+"""The kernels under Triton's interpreter, on CPU tensors.
+
+Triton decides when it is imported whether it interprets, so tests that ask for `use_kernels` run in a process with
+TRITON_INTERPRET=1, which `test_under_the_interpreter.py` starts; elsewhere they are not collected.
+"""
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    raise RuntimeError("triton was imported before tests/kernels could choose its interpreter: set TRITON_INTERPRET=1")
-os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 UseKernels = Callable[[tuple[int, int]], None]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_kernels = {item for item in items if "use_kernels" in getattr(item, "fixturenames", ())}
+    shared = {item.path for item in on_kernels}
+    dropped = [item for item in items if item.path in shared and (item in on_kernels) != INTERPRETING]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]
 
 
 @pytest.fixture(autouse=True)

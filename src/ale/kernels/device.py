@@ -1,5 +1,6 @@
 """Where a tensor is computed, the one place that the operations dispatch on, and what a launch needs to know of it."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,12 @@ def chip_of(tensor: Tensor) -> Chip | None:
     if properties.major < 8:
         raise ValueError(f"the kernels need compute capability 8.0 or newer, got {properties.major}.{properties.minor}")
     return Chip((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one, on which Triton launches; does nothing for a CPU tensor."""
+    manager: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return manager
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 A router near a tie chooses differently when anything about the arithmetic changes: another engine, another batch shape,
 another precision. One flipped expert moves a log-probability far more than rounding does, so the importance ratios of
-the loss measure noise. R3 (arXiv 2510.11370, section 3) keeps the sampled choice and lets the trained router weigh it:
+the loss measure noise. R3 (arXiv 2510.11370) keeps the sampled choice and lets the trained router weigh it:
 the weights still come from the current scores, and gradients still reach the router.
 
     with record_routing(model) as routing:          # while sampling

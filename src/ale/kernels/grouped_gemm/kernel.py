@@ -51,18 +51,18 @@ def grouped_gemm_kernel(
     SWIGLU: tl.constexpr, STORE_PRE: tl.constexpr,
     X_TMA: tl.constexpr, W_TMA: tl.constexpr, W_K_MAJOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    LANES_E: tl.constexpr, PROGRAMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LANES_E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`y[out(m)] = scale[out(m)] * act(x[in(m)] @ w[e(m)])`; y is [M, N], pre is [M, 2N], both contiguous.
 
-    Persistent: program p takes tiles p, p + PROGRAMS, ... of all experts. N counts columns of y; with SWIGLU the gate
+    Persistent: program p of P takes tiles p, p + P, ... of all experts. N counts columns of y; with SWIGLU the gate
     is columns [0, N) of w and the up projection columns [N, 2N).
     """
     lane_E, begin_E, end_E = _bounds(ends_ptr, E, LANES_E)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_end_E = tl.cumsum(tl.cdiv(end_E - begin_E, BLOCK_M) * tiles_n, 0)
     columns = 2 * N if SWIGLU else N
-    for tile in range(tl.program_id(0), tl.max(tile_end_E), PROGRAMS):
+    for tile in range(tl.program_id(0), tl.max(tile_end_E), tl.num_programs(0)):
         expert = tl.sum((tile_end_E <= tile).to(tl.int32))
         begin = tl.sum(tl.where(lane_E == expert, begin_E, 0))
         end = tl.sum(tl.where(lane_E == expert, end_E, 0))
@@ -150,7 +150,7 @@ def grouped_weight_grad_kernel(
     stride_xm, stride_xk, stride_dm, stride_dn, stride_we, stride_wk, stride_wn,
     TOP_K: tl.constexpr, GATHER_X: tl.constexpr, GATHER_DY: tl.constexpr, X_TMA: tl.constexpr, DY_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_K: tl.constexpr,
-    LANES_E: tl.constexpr, PROGRAMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LANES_E: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`dw[e] = sum over the rows m of e of x[in(m)]^T dy[out(m)]`; an expert without rows gets zeros.
 
@@ -159,7 +159,7 @@ def grouped_weight_grad_kernel(
     """
     lane_E, begin_E, end_E = _bounds(ends_ptr, E, LANES_E)
     tiles_k, tiles_n = tl.cdiv(K, BLOCK_K), tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), E * tiles_k * tiles_n, PROGRAMS):
+    for tile in range(tl.program_id(0), E * tiles_k * tiles_n, tl.num_programs(0)):
         expert = tile // (tiles_k * tiles_n)
         begin = tl.sum(tl.where(lane_E == expert, begin_E, 0))
         end = tl.sum(tl.where(lane_E == expert, end_E, 0))

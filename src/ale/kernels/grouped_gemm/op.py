@@ -17,6 +17,7 @@ from ale.kernels.device import (
     chip_of,
     is_aligned,
     multiplies_in_fp32,
+    on_device_of,
     takes_tma,
     under_autocast,
     wide,
@@ -290,18 +291,19 @@ def _launch_gemm(
     )
     most_tiles = (-(-M // tile.m) + E) * -(-N // tile.n)
     programs = min(chip.processors, most_tiles)
-    kernel.grouped_gemm_kernel[(programs,)](
-        x, w, y_MN, pre if keep_pre else y_MN, ends_E,
-        ends_E if gather_M is None else gather_M,
-        ends_E if scatter_M is None else scatter_M,
-        y_MN if scale_M is None else scale_M.contiguous(),
-        E, K, N, *x_RK.stride(), *w_EKN.stride(),
-        TOP_K=top_k, GATHER=gather_M is not None, SCATTER=scatter_M is not None, SCALE=scale_M is not None,
-        SWIGLU=swiglu, STORE_PRE=keep_pre, X_TMA=x_tma, W_TMA=w_tma, W_K_MAJOR=k_major,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group, LANES_E=_lanes(E), PROGRAMS=programs,
-        PRECISION="tf32" if tf32 else "ieee", UPCAST=multiplies_in_fp32(x_RK.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with on_device_of(x_RK):
+        kernel.grouped_gemm_kernel[(programs,)](
+            x, w, y_MN, pre if keep_pre else y_MN, ends_E,
+            ends_E if gather_M is None else gather_M,
+            ends_E if scatter_M is None else scatter_M,
+            y_MN if scale_M is None else scale_M.contiguous(),
+            E, K, N, *x_RK.stride(), *w_EKN.stride(),
+            TOP_K=top_k, GATHER=gather_M is not None, SCATTER=scatter_M is not None, SCALE=scale_M is not None,
+            SWIGLU=swiglu, STORE_PRE=keep_pre, X_TMA=x_tma, W_TMA=w_tma, W_K_MAJOR=k_major,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group, LANES_E=_lanes(E),
+            PRECISION="tf32" if tf32 else "ieee", UPCAST=multiplies_in_fp32(x_RK.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return y_MN, pre
 
 
@@ -326,16 +328,17 @@ def _launch_weight_grad(
     x, x_tma = _operand(chip, x_RK, (tile.m, tile.k), wanted=gather_x_M is None)
     dy, dy_tma = _operand(chip, dy_MN, (tile.m, tile.n), wanted=gather_dy_M is None)
     programs = min(chip.processors, E * -(-K // tile.k) * -(-N // tile.n))
-    kernel.grouped_weight_grad_kernel[(programs,)](
-        x, dy, dw_EKN, ends_E,
-        ends_E if gather_x_M is None else gather_x_M,
-        ends_E if gather_dy_M is None else gather_dy_M,
-        E, K, N, *x_RK.stride(), *dy_MN.stride(), *dw_EKN.stride(),
-        TOP_K=top_k, GATHER_X=gather_x_M is not None, GATHER_DY=gather_dy_M is not None, X_TMA=x_tma, DY_TMA=dy_tma,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_K=tile.group, LANES_E=_lanes(E), PROGRAMS=programs,
-        PRECISION="tf32" if tf32 else "ieee", UPCAST=multiplies_in_fp32(x_RK.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with on_device_of(x_RK):
+        kernel.grouped_weight_grad_kernel[(programs,)](
+            x, dy, dw_EKN, ends_E,
+            ends_E if gather_x_M is None else gather_x_M,
+            ends_E if gather_dy_M is None else gather_dy_M,
+            E, K, N, *x_RK.stride(), *dy_MN.stride(), *dw_EKN.stride(),
+            TOP_K=top_k, GATHER_X=gather_x_M is not None, GATHER_DY=gather_dy_M is not None, X_TMA=x_tma, DY_TMA=dy_tma,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_K=tile.group, LANES_E=_lanes(E),
+            PRECISION="tf32" if tf32 else "ieee", UPCAST=multiplies_in_fp32(x_RK.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
 
 def _launch_swiglu_backward(
@@ -349,11 +352,12 @@ def _launch_swiglu_backward(
     dscale = torch.empty_like(scale_M) if scale_M is not None else None
     if M == 0:
         return dpre, h, dscale
-    kernel.swiglu_backward_kernel[(-(-M // tiles.SWIGLU_ROWS),)](
-        pre_MI2, dh_MI, dpre, h if scaled else dpre, scale_M if scaled else dpre,
-        scatter_M if scaled else dpre, dscale if scaled else dpre, M, N,
-        SCALE=scaled, BLOCK_M=tiles.SWIGLU_ROWS, BLOCK_N=tiles.SWIGLU_COLUMNS, num_warps=4,
-    )  # fmt: skip
+    with on_device_of(pre_MI2):
+        kernel.swiglu_backward_kernel[(-(-M // tiles.SWIGLU_ROWS),)](
+            pre_MI2, dh_MI, dpre, h if scaled else dpre, scale_M if scaled else dpre,
+            scatter_M if scaled else dpre, dscale if scaled else dpre, M, N,
+            SCALE=scaled, BLOCK_M=tiles.SWIGLU_ROWS, BLOCK_N=tiles.SWIGLU_COLUMNS, num_warps=4,
+        )  # fmt: skip
     return dpre, h, dscale
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ale.kernels.device import Chip, chip_of, multiplies_in_fp32, takes_tma, under_autocast, wide
+from ale.kernels.device import Chip, chip_of, multiplies_in_fp32, on_device_of, takes_tma, under_autocast, wide
 from ale.kernels.linear_logprob import tiles
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -191,11 +191,12 @@ def _launch_sums(chip: Chip, h_TD: Tensor, w_VD: Tensor, token_T: Tensor, temper
     if T == 0:
         return _Sums(chosen_T, chosen_T.clone(), chosen_T.clone() if entropy else None)
     h, w = _operands(h_TD, w_VD, tile, tma)
-    kernel.linear_logprob_kernel[(-(-T // tile.m) * slices,)](
-        h, w, token_T, max_ST, sum_ST, dot_ST, chosen_T, T, V, D, per_slice, 1.0 / temperature,
-        *h_TD.stride(), *w_VD.stride(), ENTROPY=entropy, TMA=tma, UPCAST=multiplies_in_fp32(h_TD.dtype),
-        BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_D=tile.k, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with on_device_of(h_TD):
+        kernel.linear_logprob_kernel[(-(-T // tile.m) * slices,)](
+            h, w, token_T, max_ST, sum_ST, dot_ST, chosen_T, T, V, D, per_slice, 1.0 / temperature,
+            *h_TD.stride(), *w_VD.stride(), ENTROPY=entropy, TMA=tma, UPCAST=multiplies_in_fp32(h_TD.dtype),
+            BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_D=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     max_T = max_ST.amax(0)
     shrink_ST = torch.exp(max_ST - max_T)
     sum_T = (sum_ST * shrink_ST).sum(0)
@@ -237,13 +238,14 @@ def _backward_fused(
     for begin in range(0, V, size):
         end = min(V, begin + size)
         grad_Tv = _block(scratch, T, end - begin)
-        kernel.logits_grad_kernel[(-(-T // tile.m) * -(-(end - begin) // tile.n),)](
-            h, w, token_T, lse_T, mean_T if with_entropy else lse_T, dlogp_T,
-            dentropy_T if with_entropy else dlogp_T, grad_Tv, T, V, D, 1.0 / temperature, begin, end,
-            *h_TD.stride(), *w_VD.stride(), ENTROPY=with_entropy, TMA=tma, UPCAST=multiplies_in_fp32(h_TD.dtype),
-            GROUP_T=tile.group, BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_D=tile.k,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        with on_device_of(h_TD):
+            kernel.logits_grad_kernel[(-(-T // tile.m) * -(-(end - begin) // tile.n),)](
+                h, w, token_T, lse_T, mean_T if with_entropy else lse_T, dlogp_T,
+                dentropy_T if with_entropy else dlogp_T, grad_Tv, T, V, D, 1.0 / temperature, begin, end,
+                *h_TD.stride(), *w_VD.stride(), ENTROPY=with_entropy, TMA=tma, UPCAST=multiplies_in_fp32(h_TD.dtype),
+                GROUP_T=tile.group, BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_D=tile.k,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
         if dh_TD is not None:
             dh_TD += _mm_fp32(grad_Tv, w_VD[begin:end])
         if dw_VD is not None:
