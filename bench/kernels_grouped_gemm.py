@@ -29,6 +29,8 @@ SHAPES = (  # M rows, E experts, K, N, weights stored [E, N, K]
 )
 DTYPES = (torch.float32, torch.bfloat16)
 LAYERS = ((128, 128, 8, 2), (256, 256, 8, 2), (128, 64, 32, 4))  # D, I, E, J
+TOKENS = (16, 32, 64, 256, 1024, 8192)
+ROOFLINE = (2048, 16, 1024, 1024) if DEVICE.type == "cpu" else (32768, 64, 2048, 2048)
 BASELINES = ("eager", "grouped_mm")
 
 
@@ -93,13 +95,13 @@ def time(bench: Benchmark) -> None:
                 )
     _time_against_one_product(bench)
     for size in LAYERS:
-        for tokens in (16, 32, 64, 256, 1024, 8192):
+        for tokens in TOKENS:
             _time_layer(bench, size, tokens)
 
 
 def _time_against_one_product(bench: Benchmark) -> None:
     """How near the grouped product comes to the device's own limit, a dense product of as many operations."""
-    M, E, K, N = (2048, 16, 1024, 1024) if DEVICE.type == "cpu" else (32768, 64, 2048, 2048)
+    M, E, K, N = ROOFLINE
     x, w, ends, _ = problem(M, E, K, N, False, torch.bfloat16)
     dense = w[0].detach().contiguous()
     grouped = calls(grouped_gemm, (x, w, ends, x))["forward"]

@@ -15,7 +15,7 @@ from bench.measure import DEVICE, milliseconds, peak_mib
 
 T, D, V = 2048, 1024, 151_936
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
-ROW = f"{T}x{D}x{V}/{str(DTYPE).removeprefix('torch.')}"
+CHECKED = (300, 256, 5000)
 
 
 def problem(tokens: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ def check(bench: Benchmark) -> None:
 
 
 def _equal() -> bool:
-    case = problem(300, 256, 5000)
+    case = problem(*CHECKED)
     results = []
     for function in (linear_logprob, linear_logprob_reference):
         logp = function(*case)
@@ -63,6 +63,7 @@ def _equal() -> bool:
 
 def time(bench: Benchmark) -> None:
     case = problem(T, D, V)
+    row = f"{T}x{D}x{V}/{str(DTYPE).removeprefix('torch.')}"
     ours = calls(linear_logprob, case)
     baselines = {"materialised logits": calls(materialised, case)}
     if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel"):
@@ -70,18 +71,18 @@ def time(bench: Benchmark) -> None:
     for mode in ours:
         for name, theirs in baselines.items():
             bench.latency(
-                f"linear_logprob/{mode}/{ROW}",
+                f"linear_logprob/{mode}/{row}",
                 ours=lambda m=mode: milliseconds(ours[m]),
                 baseline=lambda m=mode, t=theirs: milliseconds(t[m]),
                 against=name,
                 unit="ms",
             )
-    _time_against_one_product(bench, case)
+    _time_against_one_product(bench, case, row)
     logits_mib = T * V * 4 / 2**20
     for mode in ours:
         results_mib = T * 4 / 2**20 if mode == "forward" else sum(t.numel() * t.itemsize for t in case[:2]) / 2**20
         bench.latency(
-            f"linear_logprob/memory/{mode}/{ROW}",
+            f"linear_logprob/memory/{mode}/{row}",
             ours=lambda m=mode, r=results_mib: max(peak_mib(ours[m]) - r, 1.0),
             baseline=lambda: logits_mib,
             against="the fp32 logits alone",
@@ -89,7 +90,7 @@ def time(bench: Benchmark) -> None:
         )
 
 
-def _time_against_one_product(bench: Benchmark, case: tuple[Tensor, Tensor, Tensor]) -> None:
+def _time_against_one_product(bench: Benchmark, case: tuple[Tensor, Tensor, Tensor], row: str) -> None:
     h, w, _ = case
     gigaflop = 2 * T * D * V / 1e9
     out = torch.empty(T, V, dtype=DTYPE, device=DEVICE)
@@ -99,7 +100,7 @@ def _time_against_one_product(bench: Benchmark, case: tuple[Tensor, Tensor, Tens
             torch.mm(h, w.t(), out=out)
 
     bench.rate(
-        f"linear_logprob/roofline/{ROW}",
+        f"linear_logprob/roofline/{row}",
         ours=lambda: gigaflop / milliseconds(calls(linear_logprob, case)["forward"]) * 1e3,
         baseline=lambda: gigaflop / milliseconds(product) * 1e3,
         against="the product h @ w^T alone",
