@@ -3,8 +3,8 @@
 `TRITON_INTERPRET=1 python -m bench.kernels` walks the same script over the Triton kernels at toy size, without a GPU:
 its checks count, its times mean nothing and are not written.
 
-Each operation has a module with `check(bench)`, which compares with the reference, and `time(bench)`. All checks run
-before anything is timed. CPU figures are of one thread, so that a busy neighbour does not decide them.
+Each operation has a module with `rows(bench)`, which first compares with the reference, then times, and a result file
+of its own. CPU figures are of one thread, so that a busy neighbour does not decide them.
 """
 
 from __future__ import annotations
@@ -28,18 +28,15 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         bench = Benchmark("kernels at toy size, interpreted", pairs=1)
         _shrink()
-        _run(bench, wanted)
+        for module in wanted:
+            module.check(bench)
+        for module in wanted:
+            module.time(bench)
         print(f"{len(bench.rows)} rows ran")
         return
-    with benchmark("kernels", pairs=3) as bench:
-        _run(bench, wanted)
-
-
-def _run(bench: Benchmark, modules: list[ModuleType]) -> None:
-    for module in modules:
-        module.check(bench)
-    for module in modules:
-        module.time(bench)
+    for module in wanted:
+        with benchmark(module.__name__.removeprefix("bench."), pairs=3) as bench:
+            module.rows(bench)
 
 
 def _shrink() -> None:

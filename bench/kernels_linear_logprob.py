@@ -47,6 +47,11 @@ def calls(function: Callable[..., Tensor], case: tuple[Tensor, Tensor, Tensor]) 
     return {"forward": forward, "training": lambda: torch.autograd.grad(function(*case).mean(), [h, w])}
 
 
+def rows(bench: Benchmark) -> None:
+    check(bench)
+    time(bench)
+
+
 def check(bench: Benchmark) -> None:
     bench.check("linear_logprob equals the reference, forward and both gradients", _equal)
 
@@ -64,6 +69,7 @@ def _equal() -> bool:
 def time(bench: Benchmark) -> None:
     case = problem(T, D, V)
     row = f"{T}x{D}x{V}/{str(DTYPE).removeprefix('torch.')}"
+    memory(bench, case, row)
     ours = calls(linear_logprob, case)
     baselines = {"materialised logits": calls(materialised, case)}
     if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel"):
@@ -78,6 +84,10 @@ def time(bench: Benchmark) -> None:
                 unit="ms",
             )
     _time_against_one_product(bench, case, row)
+
+
+def memory(bench: Benchmark, case: tuple[Tensor, Tensor, Tensor], row: str) -> None:
+    ours = calls(linear_logprob, case)
     logits_mib = T * V * 4 / 2**20
     for mode in ours:
         results_mib = T * 4 / 2**20 if mode == "forward" else sum(t.numel() * t.itemsize for t in case[:2]) / 2**20

@@ -19,7 +19,7 @@ from ale.kernels.grouped_gemm import grouped_gemm, op
 
 STREAM_ROWS = 192
 """Rows per expert from which the CPU takes one expert after the other, its temporaries staying in cache. Below, two
-grouped products over all experts cost fewer calls (bench/results/kernels.json, rows `grouped_gemm/moe/...`)."""
+grouped products over all experts cost fewer calls (rows `grouped_gemm/moe/...` of the benchmark)."""
 
 
 def moe_experts(x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> Tensor:
