@@ -4,7 +4,7 @@
 its checks count, its times mean nothing and are not written.
 
 Each operation has a module with `rows(bench)`, which first compares with the reference, then times, and a result file
-of its own. CPU figures are of one thread, so that a busy neighbour does not decide them.
+of its own. CPU figures are processor time of one thread, so that a busy neighbour does not decide them.
 """
 
 from __future__ import annotations

@@ -402,7 +402,7 @@ def _check(
         raise ValueError(f"expected top_k of 1, or more together with gather, got {top_k}, gather {gather}")
     M = x.shape[0] * top_k
     bounds = ends.tolist()
-    if bounds[-1:] != [M] or any(b < a for a, b in zip([0, *bounds], bounds, strict=False)):
+    if bounds != sorted(bounds) or bounds[:1] < [0] or bounds[-1:] != [M]:
         raise ValueError(f"expected ends that rise from 0 to the {M} rows (R * top_k), got {_shown(bounds)}")
     for name, index in (("gather", gather), ("scatter", scatter)):
         if index is None:
