@@ -1,1 +1,10 @@
-"""Custom kernels: torch and triton only, no import of the rest of `ale`."""
+"""Kernels for reinforcement learning of language models: a small library of torch and triton, nothing else of `ale`.
+
+Importing it imports torch only; triton comes in when the first CUDA tensor does, transformers in `register_experts`.
+"""
+
+from ale.kernels.grouped_gemm import grouped_gemm
+from ale.kernels.linear_logprob import linear_logprob
+from ale.kernels.moe import moe_experts, register_experts
+
+__all__ = ["grouped_gemm", "linear_logprob", "moe_experts", "register_experts"]
