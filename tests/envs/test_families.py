@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ale.envs.task import REWARD_FILE, Task
 
 from ale.envs.families import TRAINED, UNSEEN, WORDS, make, make_splits
+from ale.task import REWARD_FILE, Task
 
 FAMILIES = [*TRAINED, *UNSEEN]
 SEEDS = range(20)
