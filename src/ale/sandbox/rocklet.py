@@ -15,13 +15,13 @@ import _signal  # type: ignore[import-not-found]  # `signal` imports enum, which
 import posix
 import select
 import sys
-from time import clock_gettime, monotonic
+from time import clock_gettime, monotonic, sleep
 
 RUN, READ, WRITE, CANCEL = 1, 2, 3, 4  # requests
 READY, DONE, DATA, WROTE, FAILED = 16, 17, 18, 19, 20  # replies; all but READY answer one request, once
 
 HEADER_BYTES = 5  # kind and request
-KILL_ROUNDS = 20  # a process table that still grows after so many rounds is ended as a whole
+KILL_S = 1.0  # a process tree that still grows after so long is ended with everything else
 LINGER_S = 0.05  # how long a pipe that outlives its command is still listened to
 FLOOD_BYTES = 1 << 20  # a stream that overflows by more than this is read slowly: a flood then costs little
 FLOOD_PAUSE_S = 0.01
@@ -379,15 +379,24 @@ class Rocklet:
         than the command and not another command. What earlier commands left running is spared.
         """
         kill(-job.pid)
-        for _ in range(KILL_ROUNDS):
+        signalled: set[int] = set()
+        deadline = monotonic() + KILL_S
+        while True:
             self.reap()
             table = process_table()
-            victims = [pid for pid in table if self.belongs(pid, table, job)]
-            if not victims:
+            victims = {pid for pid in table if self.belongs(pid, table, job)}
+            # A child of a process that has its signal was there before it: the next look finds it.
+            new = victims - signalled
+            if not victims or (monotonic() > deadline and not new):
                 return
-            for pid in victims:
+            if monotonic() > deadline:
+                kill(-1)
+                return
+            for pid in new:
                 kill(pid)
-        kill(-1)
+            signalled |= new
+            if not new:
+                sleep(0.001)  # they have their signal, and need a moment to die of it
 
     def belongs(self, pid: int, table: dict[int, tuple[int, int]], job: Job) -> bool:
         top = pid
