@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -319,6 +320,28 @@ async def test_a_one_shot_run_sees_base_and_mounts_and_keeps_nothing(engine: San
         done = await engine.run(spec, Command(shell='test ! -e scratch && bash "$ALE_ROOT/tests/test.sh"', stdin=b"in"))
         assert (done.exit_code, done.stdout) == (0, b"in")
     assert os.listdir(base) == ["answer"]
+
+
+async def test_a_writable_mount_is_shared_live(engine: SandboxEngine) -> None:
+    parent = os.path.dirname(engine.capabilities()["state"])  # a place that the sandboxes' user reaches
+    with tempfile.TemporaryDirectory(dir=parent, prefix="ale-test-") as folder:
+        os.chmod(folder, 0o777)
+        async with engine.start(SandboxSpec(mounts=(Mount(folder, "/shared", writable=True),))) as sandbox:
+            await sandbox.exec(Command(shell='echo inside > "$ALE_ROOT/shared/file"'))
+            assert os.listdir(folder) == ["file"]
+        assert os.listdir(folder) == ["file"]
+
+
+async def test_a_missing_mount_is_named(engine: SandboxEngine) -> None:
+    with pytest.raises(SandboxError, match="no-such-tests"):
+        await engine.run(SandboxSpec(mounts=(Mount("/no-such-tests", "/tests"),)), Command(shell="true"))
+
+
+async def test_a_command_that_cannot_be_started_for_want_of_room_is_data(engine: SandboxEngine) -> None:
+    async with engine.start(SandboxSpec()) as sandbox:
+        done = await sandbox.exec(Command(argv=("true", "x" * 1_000_000)))
+        assert (await sandbox.exec(Command(shell="echo fine"))).stdout == b"fine\n"
+    assert done.exit_code == 126
 
 
 async def test_a_one_shot_run_reports_exit_code_signal_and_missing_program(engine: SandboxEngine) -> None:

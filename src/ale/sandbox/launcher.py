@@ -119,26 +119,26 @@ class Launcher:
         actions.append((os.POSIX_SPAWN_OPEN, SECCOMP_FD, self.seccomp, os.O_RDONLY, 0))
         actions.append((os.POSIX_SPAWN_DUP2, status_in, STATUS_FD))
         cgroups: list[str] = []
+        argv = message["argv"]
+        signals = (signal.SIGPIPE, signal.SIGXFSZ)
         try:
-            cgroups = self.enter_cgroups(name, message["limits"])
-            argv = message["argv"]
-            monitor = os.posix_spawn(
-                argv[0], argv, {}, file_actions=actions, setsigdef=(signal.SIGPIPE, signal.SIGXFSZ)
-            )
+            try:
+                self.enter_cgroups(name, message["limits"], cgroups)
+                monitor = os.posix_spawn(argv[0], argv, {}, file_actions=actions, setsigdef=signals)
+            finally:
+                os.close(status_in)
+                self.leave_cgroups()
         except OSError:
             os.close(status_out)
+            remove_cgroups(cgroups)
             raise
-        finally:
-            os.close(status_in)
-            self.leave_cgroups()
         os.set_blocking(status_out, False)
         job = Job(name, monitor, status_out, cgroups)
         self.jobs[name] = self.by_monitor[monitor] = self.by_fd[status_out] = job
         self.poller.register(status_out, select.POLLIN)
 
-    def enter_cgroups(self, name: str, limits: dict[str, int]) -> list[str]:
-        """Moves this process into new cgroups, so that what it starts next is born in them."""
-        made = []
+    def enter_cgroups(self, name: str, limits: dict[str, int], made: list[str]) -> None:
+        """Moves this process into new cgroups, so that what it starts next is born in them; lists them in `made`."""
         for hierarchy in self.cgroups:
             directory = f"{hierarchy['directory']}/{name}"
             os.mkdir(directory)
@@ -146,7 +146,6 @@ class Launcher:
             for limit, file in hierarchy["limits"].items():
                 write(f"{directory}/{file}", str(limits[limit]))
             write(f"{directory}/cgroup.procs", "0")
-        return made
 
     def leave_cgroups(self) -> None:
         for hierarchy in self.cgroups:

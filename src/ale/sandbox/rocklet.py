@@ -15,13 +15,13 @@ import _signal  # type: ignore[import-not-found]  # `signal` imports enum, which
 import posix
 import select
 import sys
-from time import clock_gettime, monotonic
+from time import clock_gettime, monotonic, sleep
 
 RUN, READ, WRITE, CANCEL = 1, 2, 3, 4  # requests
 READY, DONE, DATA, WROTE, FAILED = 16, 17, 18, 19, 20  # replies; all but READY answer one request, once
 
 HEADER_BYTES = 5  # kind and request
-KILL_ROUNDS = 20  # a process table that still grows after so many rounds is ended as a whole
+KILL_S = 1.0  # a process tree that still grows after so long is ended with everything else
 LINGER_S = 0.05  # how long a pipe that outlives its command is still listened to
 FLOOD_BYTES = 1 << 20  # a stream that overflows by more than this is read slowly: a flood then costs little
 FLOOD_PAUSE_S = 0.01
@@ -104,7 +104,7 @@ class Job:
         started: float,
     ) -> None:
         self.request, self.pid, self.streams = request, pid, streams
-        self.stdin_fd, self.stdin = stdin_fd, stdin
+        self.stdin_fd, self.stdin = stdin_fd, memoryview(stdin)
         self.start_tick, self.started = start_tick, started
         self.deadline = started + timeout_s
         self.status: int | None = None
@@ -230,33 +230,37 @@ class Rocklet:
         argv, environment = fields[6 : 6 + count], fields[6 + count :]
         env = dict(pair.split(b"=", 1) for pair in environment)
         started, start_tick = monotonic(), int(clock_gettime(_CLOCK_BOOTTIME) * self.ticks)
-        pipes = [posix.pipe2(posix.O_CLOEXEC) for _ in range(3 if stdin else 2)]
+        pipes: list[tuple[int, int]] = []
         try:
+            for _ in range(3 if stdin else 2):
+                pipes.append(posix.pipe2(posix.O_CLOEXEC))
             pid, reason, status = self.spawn(argv, env, cwd, pipes)
-        finally:
-            for out, into in pipes[:2]:
-                posix.close(into)
-                posix.set_blocking(out, False)
-            if stdin:
-                posix.close(pipes[2][0])
-                posix.set_blocking(pipes[2][1], False)
+        except OSError as error:  # too many commands at once
+            pid, reason, status = None, b"cannot start: " + why(error) + b"\n", 126
         if pid is None:
-            for fd in (pipes[0][0], pipes[1][0], *(pipes[2][1:] if stdin else ())):
+            for fd in [fd for pipe in pipes for fd in pipe]:
                 posix.close(fd)
             self.send(DONE, request, status, 0, 0, b"", 0, reason[:keep], 0)
             return
+        ours, theirs = [out for out, _ in pipes[:2]], [into for _, into in pipes[:2]]
+        if stdin:
+            ours, theirs = [*ours, pipes[2][1]], [*theirs, pipes[2][0]]
+        for fd in theirs:
+            posix.close(fd)
+        for fd in ours:
+            posix.set_blocking(fd, False)
         if cpu_s:
             pair = int(cpu_s).to_bytes(8, sys.byteorder) * 2
             c_call("prlimit", pid, _RLIMIT_CPU, pair, 0)
-        streams = [Stream(out, keep) for out, _ in pipes[:2]]
-        job = Job(request, pid, streams, pipes[2][1] if stdin else None, stdin, timeout_s, start_tick, started)
+        streams = [Stream(fd, keep) for fd in ours[:2]]
+        job = Job(request, pid, streams, ours[2] if stdin else None, stdin, timeout_s, start_tick, started)
         self.jobs[pid] = job
         for stream in streams:
             self.readers[stream.fd] = (job, stream)
             self.poller.register(stream.fd, select.POLLIN)
         if stdin:
-            self.writers[pipes[2][1]] = job
-            self.poller.register(pipes[2][1], select.POLLOUT)
+            self.writers[ours[2]] = job
+            self.poller.register(ours[2], select.POLLOUT)
             self.feed(job)
 
     def spawn(
@@ -379,15 +383,24 @@ class Rocklet:
         than the command and not another command. What earlier commands left running is spared.
         """
         kill(-job.pid)
-        for _ in range(KILL_ROUNDS):
+        signalled: set[int] = set()
+        deadline = monotonic() + KILL_S
+        while True:
             self.reap()
             table = process_table()
-            victims = [pid for pid in table if self.belongs(pid, table, job)]
-            if not victims:
+            victims = {pid for pid in table if self.belongs(pid, table, job)}
+            # A child of a process that has its signal was there before it: the next look finds it.
+            new = victims - signalled
+            if not victims or (monotonic() > deadline and not new):
                 return
-            for pid in victims:
+            if monotonic() > deadline:
+                kill(-1)
+                return
+            for pid in new:
                 kill(pid)
-        kill(-1)
+            signalled |= new
+            if not new:
+                sleep(0.001)  # they have their signal, and need a moment to die of it
 
     def belongs(self, pid: int, table: dict[int, tuple[int, int]], job: Job) -> bool:
         top = pid

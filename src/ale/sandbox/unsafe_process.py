@@ -128,9 +128,12 @@ class UnsafeSandbox:
         started = time.monotonic()
         with Capture(limits.output_bytes) as out, Capture(limits.output_bytes) as err:
             with open_stdin(command.stdin) as stdin:
-                process = await asyncio.create_subprocess_exec(
-                    *argv, stdin=stdin, stdout=out.inlet, stderr=err.inlet, env=env, cwd="/", start_new_session=True
-                )
+                try:
+                    process = await asyncio.create_subprocess_exec(
+                        *argv, stdin=stdin, stdout=out.inlet, stderr=err.inlet, env=env, cwd="/", start_new_session=True
+                    )
+                except OSError as error:  # its arguments are too long
+                    return Completed(exit_code=126, stderr=f"cannot start: {error.strerror}\n".encode())
             out.close_inlet()
             err.close_inlet()
             timed_out = False
