@@ -120,6 +120,8 @@ def trees(struct: Any) -> st.SearchStrategy[dict[str, Any]]:
             fields[field.name] = trees(field.type)
         elif not valid(field.type).is_empty:
             fields[field.name] = valid(field.type)
+    if struct is RunConfig:
+        fields["name"] = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,7}", fullmatch=True)
     return st.fixed_dictionaries({}, optional=fields)
 
 

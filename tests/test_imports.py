@@ -18,14 +18,14 @@ PACKAGE = Path(ale.__file__).parent
 # From the top down. A part may import from its own layer and from those below; parts are modules and packages of `ale`.
 LAYERS = (
     {"cli", "doctor", "progress_view"},
-    {"pipeline"},
+    {"pipeline", "run"},
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "algorithm", "learner", "data", "models"},
     {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "process", "testing"},
     {"messages", "task", "config", "progress", "errors", "wire"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.
-KERNELS, CALLERS = "kernels", {"learner", "algorithm", "kernels"}
+KERNELS, CALLERS = "kernels", {"learner", "algorithm", "models", "kernels"}
 HEAVY = ("torch", "triton", "vllm", "aiodocker", "httpx", "transformers", "tokenizers")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Iterator
 
 from ale.actor import Actor
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 _TELL_DEADLINE_S = 600.0
 # More replacements than this for one group, times its size, mean that the task itself is broken.
 _REPLACEMENTS = 2
+_RECENT = 256
 
 
 class Generator(Actor):
@@ -35,7 +37,12 @@ class Generator(Actor):
         self._slots = slots
         self._ledger = ledger
         self._groups = 0
+        self._recent: deque[bool] = deque(maxlen=_RECENT)
         self._rollouts = 0
+
+    def recent_success(self) -> float:
+        """The share of the last scored rollouts, filtered ones included, that were solved."""
+        return sum(self._recent) / len(self._recent) if self._recent else 0.0
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -110,6 +117,7 @@ class Generator(Actor):
         if reason is None:
             reason = logp_reason(None, trajectory.logp_A.numpy(), trajectory.logp_sampled_A.numpy())
         if reason is None:
+            self._recent.append((trajectory.reward or 0.0) > 0)
             return trajectory
         logger.info("rollout %s of %s is dropped: %s (%s)", id_, task.id, reason, trajectory.cause)
         self._ledger.drop(id_, reason, trajectory.action_tokens)

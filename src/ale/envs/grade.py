@@ -34,7 +34,7 @@ async def grade(engine: SandboxEngine, task: Task, snapshot: Snapshot, *, label:
                 mounts=(Mount(str(tests), TESTS_DIR), Mount(str(logs), _LOGS, writable=True)),
                 label=label,
             ),
-            Command(argv=("bash", f"{TESTS_DIR}/test.sh"), timeout_s=task.verifier_timeout_s),
+            Command(shell=f'exec bash "$ALE_ROOT{TESTS_DIR}/test.sh"', timeout_s=task.verifier_timeout_s),
         )
         output = (completed.text() + completed.text("stderr"))[-2000:]
         if completed.timed_out:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from ale.errors import ModelError
+from ale.kernels import register_experts
 from ale.models.path import check_model_path
 
 transformers_logging.disable_progress_bar()
@@ -41,6 +42,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
             f"model.path: the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them."
         )
     _check_head(model, directory)
+    if getattr(model.config, "num_experts", None):
+        register_experts()
+        model.set_experts_implementation("ale")
     return model
 
 
