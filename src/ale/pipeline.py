@@ -26,8 +26,8 @@ from ale.data.run_folder import RunFolder, versions
 from ale.envs.source import Source, open_source
 from ale.messages import Trajectory
 from ale.models.path import check_model_path
-from ale.run import Report, Run
 from ale.progress import EvalSummary, Summary
+from ale.run import Report, Run
 
 # The tokenizer of a new nano model is trained on the text of this many tasks.
 _CORPUS_TASKS = 400

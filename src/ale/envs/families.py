@@ -230,7 +230,7 @@ def make(family: str, seed: int, split: Split = "train") -> Task:
     instruction = (TRAINED | UNSEEN)[family](draft)
     condition = " &&\n   ".join(f"{{ {check}; }}" for check in draft.checks)
     files = {path.removeprefix("./"): data for path, data in draft.files.items()}
-    script = f"{_CHECKS}if {condition}\nthen reward=1; else reward=0; fi\necho $reward > \"$ALE_ROOT{REWARD_FILE}\"\n"
+    script = f'{_CHECKS}if {condition}\nthen reward=1; else reward=0; fi\necho $reward > "$ALE_ROOT{REWARD_FILE}"\n'
     return Task(
         id=f"{family}-{seed}",
         instruction=instruction,
