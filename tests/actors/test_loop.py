@@ -74,6 +74,8 @@ def test_no_trained_token_is_older_than_max_lag_and_nothing_is_lost(loop, schedu
     ids = [s.trajectory.id for step in tried.learner.steps for s in step.samples]
     assert len(set(ids)) == len(ids)
     assert books.trained == len(ids) - sum(len(u.metrics.dropped) for u in tried.updates)
+    # A slot belongs to a group that the buffer knows, running or finished; no slot to anything else.
+    assert slots == len(tried.buffer._groups)
     if c.on_stale == "wait":
         assert "stale" not in books.dropped
     if ended is None:
@@ -110,12 +112,13 @@ def test_what_is_late_is_dropped_as_stale_and_its_slot_goes_to_another(loop):
         slow = rollout.group == "g1"
         return Play(reward=float(member(rollout)), latency_s=50.0 if slow else 1.0, tokens=9 if slow else 2)
 
-    done = run(loop(script, groups_per_step=1, max_lag=1, updates=80, latency_s=lambda n: 1.0).run())
+    done = run(loop(script, groups_per_step=1, max_lag=1, updates=80, task_count=81, latency_s=lambda n: 1.0).run())
     books = done.ledger.statistics()
     assert books.dropped["stale"] == 2
     assert books.dropped_tokens["stale"] == 9.0
     assert "g1" not in {s.trajectory.group for step in done.samples() for s in step.samples}
     assert books.trained == 160
+    assert done.slots.taken == 0
 
 
 def test_waiting_in_order_trains_on_what_discarding_would_drop(loop):

@@ -26,7 +26,8 @@ from ale.wire import Array, Message, Reply, Request
 class Play(msgspec.Struct, frozen=True, kw_only=True):
     """How one rollout goes: `Play(reward=1.0, latency_s=4.0, tokens=4)` samples a token a second.
 
-    There is at least one token. `error` is raised instead of an answer, after the latency; `logp` is what every token is recorded with.
+    There is at least one token. `error` is raised instead of an answer, after the latency; `logp` is what every
+    token is recorded with.
     """
 
     reward: float | None = 0.0
