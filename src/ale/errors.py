@@ -90,3 +90,11 @@ class LearnerError(AleError):
 
 class WorkerDied(AleError):
     pass
+
+
+def first_error(errors: ExceptionGroup) -> Exception:
+    """What failed first in a task group, or in one inside it: the others were cancelled because of it."""
+    error: Exception = errors
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

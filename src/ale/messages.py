@@ -170,6 +170,12 @@ class GroupEnded(Message, frozen=True):
     reason: str
 
 
+class TasksEnded(Message, frozen=True):
+    """`TasksEnded(started=12)`: every one of the 12 groups has been told or ended, and no other will start."""
+
+    started: int
+
+
 class Batch(Message, frozen=True):
     """`Batch(groups=(Group(...),))`: what one update is made of."""
 

@@ -7,12 +7,24 @@ from collections.abc import Callable
 from ale.actor import Actor
 from ale.agent.chat import Chat
 from ale.agent.episode import run_episode
-from ale.config import AgentConfig
+from ale.config import AgentConfig, RunConfig
 from ale.envs.env import Env
 from ale.messages import Rollout, Trajectory
 from ale.policy.port import Policy
 from ale.task import Task
 from ale.wire import Message
+
+# Beyond the episodes' own time-outs: closing their sandboxes, and the loop's delays.
+_SLACK_S = 60.0
+
+
+def rollout_deadline_s(config: RunConfig) -> float:
+    """The longest wait for one rollout: every one before it, of training and of an evaluation, may run into its
+    time-out. An evaluation has at most twice `rollout.concurrency` of them at once."""
+    c = config.rollout
+    training = c.groups_per_step * (c.max_lag + 1) * c.group_size
+    rounds = 1 + (training + 2 * c.concurrency) / c.concurrency
+    return config.agent.episode_timeout_s * rounds + _SLACK_S
 
 
 class EnvManager(Actor):

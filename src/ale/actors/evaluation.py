@@ -7,8 +7,10 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 
+from ale.actors.env_manager import rollout_deadline_s
 from ale.bus import Bus
 from ale.config import RunConfig
+from ale.errors import first_error
 from ale.messages import Rollout, Sampling, Trajectory
 from ale.progress import Rate
 from ale.task import Task
@@ -22,7 +24,10 @@ _Z95 = 1.959963984540054
 async def evaluate_tasks(
     bus: Bus, config: RunConfig, tasks: Sequence[Task], name: str, done: Callable[[int], None] = lambda n: None
 ) -> list[Trajectory]:
-    """One trajectory for each task, in their order. `done` hears how many have finished."""
+    """One trajectory for each task, in their order. `done` hears how many have finished.
+
+    A task whose infrastructure fails every time stays in the result, without a reward: it counts as not solved.
+    """
     finished = 0
 
     async def one(task: Task) -> Trajectory:
@@ -30,8 +35,7 @@ async def evaluate_tasks(
         sampling = Sampling(temperature=config.eval.temperature, seed=zlib.crc32(task.id.encode()) << 8)
         for attempt in range(_ATTEMPTS):
             rollout = Rollout(id=f"{name}/{task.id}/{attempt}", group=name, task=task, sampling=sampling)
-            deadline_s = config.agent.episode_timeout_s * (1 + len(tasks) / config.rollout.concurrency)
-            trajectory = await bus.ask("envs", rollout, deadline_s=deadline_s)
+            trajectory = await bus.ask("envs", rollout, deadline_s=rollout_deadline_s(config))
             if trajectory.status not in ("sandbox_failure", "policy_failure", "evaluator_error"):
                 break
         finished += 1
@@ -45,8 +49,12 @@ async def evaluate_tasks(
         async with room:
             return await one(task)
 
-    async with asyncio.TaskGroup() as group:
-        running = [group.create_task(bounded(task), name=f"evaluate {task.id}") for task in tasks]
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(bounded(task), name=f"evaluate {task.id}") for task in tasks]
+    except ExceptionGroup as errors:
+        error = first_error(errors)
+        raise error from error.__cause__
     return [task.result() for task in running]
 
 

@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Iterator
 
 from ale.actor import Actor
+from ale.actors.env_manager import rollout_deadline_s
 from ale.actors.ledger import Ledger
 from ale.actors.slots import Slots
-from ale.algorithm.filters import Reason, group_reason, logp_reason
+from ale.algorithm.filters import Reason, group_reason, logp_reason, rollout_reason
 from ale.config import RunConfig
-from ale.messages import Group, GroupEnded, GroupStarted, Rollout, Sampling, Trajectory
+from ale.errors import first_error
+from ale.messages import Group, GroupEnded, GroupStarted, Rollout, Sampling, TasksEnded, Trajectory
 from ale.task import Task
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ _RECENT = 256
 
 
 class Generator(Actor):
-    """`tasks` may end: then the generator ends, and with it the data."""
+    """`tasks` may end: then the generator ends with its last group, and the buffer learns that no other will come."""
 
     def __init__(self, config: RunConfig, tasks: Iterator[Task], slots: Slots, ledger: Ledger) -> None:
         super().__init__("generator", capacity=1)
@@ -45,18 +47,27 @@ class Generator(Actor):
         return sum(self._recent) / len(self._recent) if self._recent else 0.0
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            while True:
-                async with self.bus.waiting("a free slot: given back when an update is live"):
-                    await self._slots.wait()
-                task = next(self._tasks, None)
-                if task is None:
-                    return
-                self._groups += 1
-                name = f"g{self._groups}"
-                self._slots.take(name)
-                await self.bus.tell("buffer", GroupStarted(group=name), deadline_s=_TELL_DEADLINE_S)
-                group.create_task(self._group(name, task), name=f"group {name}")
+        try:
+            async with asyncio.TaskGroup() as groups:
+                await self._start_groups(groups)
+        except ExceptionGroup as errors:
+            error = first_error(errors)
+            raise error from error.__cause__
+        await self.bus.tell("buffer", TasksEnded(started=self._groups), deadline_s=_TELL_DEADLINE_S)
+
+    async def _start_groups(self, groups: asyncio.TaskGroup) -> None:
+        """One for each slot, until the tasks end."""
+        while True:
+            async with self.bus.waiting("a free slot: given back when an update is live"):
+                await self._slots.wait()
+            task = next(self._tasks, None)
+            if task is None:
+                return
+            self._groups += 1
+            name = f"g{self._groups}"
+            self._slots.take(name)
+            await self.bus.tell("buffer", GroupStarted(group=name), deadline_s=_TELL_DEADLINE_S)
+            groups.create_task(self._group(name, task), name=f"group {name}")
 
     async def _group(self, name: str, task: Task) -> None:
         members = await self._members(name, task)
@@ -111,9 +122,10 @@ class Generator(Actor):
         sampling = Sampling(temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=seed)
         rollout = Rollout(id=id_, group=group, task=task, sampling=sampling)
         self._ledger.start(id_)
-        deadline_s = self._config.agent.episode_timeout_s + _TELL_DEADLINE_S
-        trajectory = await self.bus.ask("envs", rollout, deadline_s=deadline_s)
+        trajectory = await self.bus.ask("envs", rollout, deadline_s=rollout_deadline_s(self._config))
         reason: str | None = None if trajectory.status == "scored" else trajectory.status
+        if reason is None:
+            reason = rollout_reason(reward=trajectory.reward)
         if reason is None:
             reason = logp_reason(None, trajectory.logp_A.numpy(), trajectory.logp_sampled_A.numpy())
         if reason is None:

@@ -16,7 +16,8 @@ from ale.actor import Actor
 from ale.actors.ledger import Ledger
 from ale.actors.slots import Slots
 from ale.algorithm.filters import Reason, stale_reason
-from ale.messages import Batch, Group, GroupEnded, GroupStarted, TakeBatch
+from ale.errors import ActorStopped, ConfigError
+from ale.messages import Batch, Group, GroupEnded, GroupStarted, TakeBatch, TasksEnded
 from ale.wire import Message
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,17 @@ class SampleBuffer(Actor):
         self._on_stale = on_stale
         # In order of start; None: still running.
         self._groups: dict[str, Group | None] = {}
+        self._ended: TasksEnded | None = None
+        self._stopped = False
         self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Nothing, until the buffer is stopped: then a batch that is still waited for will never be full."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._stopped = True
+            self._changed.set()
 
     async def receive(self, message: Message) -> Batch | None:
         match message:
@@ -46,6 +57,9 @@ class SampleBuffer(Actor):
                 self._changed.set()
             case GroupEnded(group=name):
                 del self._groups[name]
+                self._changed.set()
+            case TasksEnded():
+                self._ended = message
                 self._changed.set()
             case TakeBatch(version=version, groups=wanted):
                 return await self._take(version, wanted)
@@ -60,6 +74,13 @@ class SampleBuffer(Actor):
             ready = self._ready(wanted)
             if len(ready) >= wanted:
                 break
+            if self._stopped:
+                raise ActorStopped(f"the buffer was stopped while version {version} waited for {wanted} groups")
+            if self._ended is not None:
+                raise ConfigError(
+                    f"The tasks ended after {self._ended.started} groups: {wanted} are needed to train version "
+                    f"{version} on and {len(ready)} are left. Lower learner.updates or give more tasks."
+                )
             async with self.bus.waiting(f"{wanted} groups to train version {version} on"):
                 await self._changed.wait()
         groups = tuple(self._groups.pop(g.id) for g in ready)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import msgspec
 
@@ -15,7 +17,7 @@ from ale.algorithm.advantages import advantages
 from ale.config import RunConfig
 from ale.messages import Batch, Group, Sample, StepMetrics, TakeBatch, TrainStep
 from ale.policy.port import Policy
-from ale.process import WorkerProcess
+from ale.wire import Reply, Request
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,13 +32,19 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     sync_s: float
 
 
+class Learner(Protocol):
+    """What the trainer needs of the learner's process."""
+
+    async def ask(self, request: Request[Reply], *, deadline_s: float) -> Reply: ...
+
+
 class Trainer(Actor):
     """`after` sees each update before the next begins, for records and evaluation."""
 
     def __init__(
         self,
         config: RunConfig,
-        learner: WorkerProcess,
+        learner: Learner,
         policy: Policy,
         slots: Slots,
         ledger: Ledger,
@@ -84,7 +92,8 @@ class Trainer(Actor):
         )
 
     def _samples(self, batch: Batch) -> list[Sample]:
-        rewards = [t.reward for g in batch.groups for t in g.trajectories if t.reward is not None]
+        # One without a reward does not get this far; if it did, `advantages` would refuse the NaN.
+        rewards = [math.nan if t.reward is None else t.reward for g in batch.groups for t in g.trajectories]
         if self._config.algorithm.shuffle_rewards:
             self._shuffle.shuffle(rewards)
         rest = iter(rewards)
