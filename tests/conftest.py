@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ale.sandbox import SandboxEngine, open_engine
 
 CORPUS = [
     "Copy oak.txt to fox.txt.",
@@ -13,6 +17,37 @@ CORPUS = [
     "sed -i s/^owl=.*/owl=bee/ elm.cfg",
     "grep -c ant ash.log",
 ] * 4
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.Runner]:
+    """A real event loop that holds what tests share: `loop.run(coroutine)`."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def shared_sandboxes(loop: asyncio.Runner) -> Iterator[SandboxEngine]:
+    manager = open_engine("local")
+
+    async def enter() -> SandboxEngine:
+        return await manager.__aenter__()
+
+    async def leave() -> None:
+        await manager.__aexit__(None, None, None)
+
+    engine = loop.run(enter())
+    yield engine
+    loop.run(leave())
+
+
+@pytest.fixture
+def sandboxes(shared_sandboxes: SandboxEngine) -> Iterator[SandboxEngine]:
+    """The local engine. Whatever a test starts in it has to be gone when it ends."""
+    yield shared_sandboxes
+    assert shared_sandboxes.statistics().alive == 0
+    assert shared_sandboxes.statistics().layers == 0
+    assert list(shared_sandboxes.scratch.iterdir()) == []
 
 
 @pytest.fixture(scope="session")

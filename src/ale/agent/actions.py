@@ -38,14 +38,15 @@ def parse(text: str) -> Call | Answer | Malformed:
     fences = text.count(_FENCE)
     if fences == 0:
         return Answer(text.strip())
-    start = text.find(OPEN)
-    if start < 0:
+    start = text.find(_FENCE)
+    if not text.startswith(OPEN, start) or (start > 0 and text[start - 1] != "\n"):
         return Malformed("error: a call starts with ```bash on a line of its own")
     if fences == 1:
         return Malformed("error: the call is not closed with ``` on a line of its own")
     if fences > 2:
         return Malformed("error: one call in a turn, not more")
-    body, closed, rest = text[start + len(OPEN) :].partition(CLOSE)
+    # From the line break that ends OPEN: in an empty call the same one begins CLOSE.
+    body, closed, rest = text[start + len(OPEN) - 1 :].partition(CLOSE)
     if not closed:
         return Malformed("error: the call is not closed with ``` on a line of its own")
     if rest.strip():
@@ -54,7 +55,7 @@ def parse(text: str) -> Call | Answer | Malformed:
         return Malformed("error: the call is empty")
     if "\0" in body:
         return Malformed("error: the call holds a NUL byte")
-    return Call(body)
+    return Call(body[1:])
 
 
 def render(command: str) -> str:

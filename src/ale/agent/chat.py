@@ -24,9 +24,11 @@ class Chat:
         self._before_observation, self._after_observation = self._around_observation()
 
     def start(self, instruction: str, system_prompt: str = "") -> list[int]:
-        """The tokens of the first prompt."""
+        """The tokens of the first prompt. Raises `ModelError` when the template cannot render it."""
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         text = self._render([*messages, {"role": "user", "content": _MARK}], add_generation_prompt=True)
+        if text.count(_MARK) != 1:
+            raise ModelError("the chat template does not show the user's message exactly once; it cannot be used")
         before, _, after = text.partition(_MARK)
         return [*self._template(before), *self._outside(instruction), *self._template(after)]
 
@@ -42,7 +44,7 @@ class Chat:
 
     def spoken(self, text: str) -> list[int]:
         """The tokens of a turn that the policy would have sampled to say `text`: for demonstrations."""
-        return [*self._template(text), self.end]
+        return [*self._outside(text), self.end]
 
     def _around_observation(self) -> tuple[list[int], list[int]]:
         head = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
@@ -50,7 +52,7 @@ class Chat:
         for role in ("tool", "user"):
             try:
                 text = self._render([*head, {"role": role, "content": _MARK}], add_generation_prompt=True)
-            except Exception:  # templates raise whatever they like for a role they do not know
+            except ModelError:  # it does not know the role
                 continue
             if text.startswith(history) and text.count(_MARK) == 1:
                 break
@@ -64,9 +66,15 @@ class Chat:
         return self._template(before), self._template(after)
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise whatever they like
+            roles = [message["role"] for message in messages]
+            cure = "; if it knows no system role, leave agent.system_prompt empty" if "system" in roles else ""
+            raise ModelError(f"the chat template cannot render {', '.join(roles)}: {error}{cure}") from error
+        return str(text)
 
     def _template(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)

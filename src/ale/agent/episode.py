@@ -8,6 +8,7 @@ A chunk is one policy turn: it ends with a call, a malformed call, the final ans
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from ale.messages import Chunk, Demonstration, Ending, Generate, Rollout, Sampli
 from ale.policy.port import Policy
 from ale.task import Task
 from ale.wire import Array
+
+logger = logging.getLogger(__name__)
 
 _ENDINGS: dict[type, Ending] = {Answer: "answer", Call: "call", Malformed: "malformed"}
 _CUT = "error: the turn was cut at its token limit"
@@ -78,7 +81,10 @@ async def run_episode(
     except (TimeoutError, DeadlineExceeded) as error:
         status, cause = "episode_timeout", str(error) or f"longer than {limits.episode_timeout_s:g} s"
     finally:
-        await env.close()
+        try:
+            await env.close()
+        except SandboxError as error:  # the episode is over, and a cancellation must not turn into an error
+            logger.warning("the environment of %s did not close: %s", rollout.id, error)
     return Trajectory(
         id=rollout.id,
         group=rollout.group,
@@ -141,7 +147,10 @@ async def _converse(
                         return
             record.tokens += chat.observation(observation, ended=turn.finish == "stop")
     finally:
-        await policy.end_session(rollout.id)
+        try:
+            await policy.end_session(rollout.id)
+        except (PolicyError, WorkerDied, DeadlineExceeded) as error:
+            logger.warning("the policy did not forget %s: %s", rollout.id, error)
 
 
 async def demonstrate(task: Task, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig) -> Demonstration:

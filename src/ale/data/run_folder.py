@@ -27,6 +27,14 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, *, overwrite: bool = False) -> None:
         self.path = Path(config.runs_dir) / config.name
+        try:
+            self._make(config, overwrite)
+            self._metrics = (self.path / "metrics.jsonl").open("ab")
+            self._trajectories = (self.path / "trajectories.jsonl").open("ab")
+        except OSError as error:
+            raise ConfigError(f"runs_dir: the run folder {self.path} cannot be written: {error}.") from error
+
+    def _make(self, config: RunConfig, overwrite: bool) -> None:
         if self.path.exists() and any(self.path.iterdir()):
             if not overwrite:
                 raise ConfigError(
@@ -38,13 +46,8 @@ class RunFolder:
                     f"name: {self.path} holds something else than a run, and is not deleted: no config.json."
                 )
             shutil.rmtree(self.path)
-        try:
-            (self.path / "checkpoints").mkdir(parents=True)
-            (self.path / "config.json").write_bytes(dump(config) + b"\n")
-        except OSError as error:
-            raise ConfigError(f"runs_dir: the run folder {self.path} cannot be written: {error}.") from error
-        self._metrics = (self.path / "metrics.jsonl").open("ab")
-        self._trajectories = (self.path / "trajectories.jsonl").open("ab")
+        (self.path / "checkpoints").mkdir(parents=True)
+        (self.path / "config.json").write_bytes(dump(config) + b"\n")
 
     def __enter__(self) -> RunFolder:
         return self
@@ -89,20 +92,24 @@ def versions() -> Versions:
 
 def _commit() -> str | None:
     here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine
+        return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _arrays(trajectory: Trajectory) -> dict[str, list[Any]]:
+    """JSON knows no infinity: it becomes 1e30 with its sign; what is no number becomes null."""
     fields = {name: getattr(trajectory, name) for name in trajectory.__struct_fields__}
     return {
-        name: np.nan_to_num(value.numpy(), neginf=-1e30).tolist()
+        name: np.nan_to_num(value.numpy(), nan=np.nan, posinf=1e30, neginf=-1e30).tolist()
         for name, value in fields.items()
         if isinstance(value, Array)
     }

@@ -13,7 +13,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from ale.errors import EvaluatorError
+from ale.errors import EvaluatorError, SandboxError
 from ale.messages import Score
 from ale.sandbox import Command, Limits, Mount, SandboxEngine, SandboxSpec, Snapshot
 from ale.task import REWARD_FILE, TESTS_DIR, Task
@@ -42,6 +42,8 @@ async def grade(engine: SandboxEngine, task: Task, snapshot: Snapshot, *, label:
         if completed.signal is not None:
             raise EvaluatorError(f"the tests of {task.id} were killed by signal {completed.signal}: {output}")
         return Score(reward=_read_reward(logs / _REWARD_NAME, task.id, output), output=output)
+    except OSError as error:
+        raise SandboxError(f"{task.id} cannot be graded: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -66,10 +68,12 @@ def _read_reward(path: Path, task: str, output: str) -> float:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise EvaluatorError(f"the tests of {task} wrote no reward to {REWARD_FILE}: {output or error}") from error
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # a directory, a pipe
             raise EvaluatorError(f"the reward of {task} is no regular file")
-        text = file.read(_MAX_REWARD_BYTES).decode("utf-8", "replace").strip()
+        text = os.read(fd, _MAX_REWARD_BYTES).decode("utf-8", "replace").strip()
+    finally:
+        os.close(fd)
     try:
         reward = float(text)
     except ValueError:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 from ale.envs.env import Step
+from ale.errors import SandboxError
 from ale.messages import Score, ToolResult
 from ale.sandbox import Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec, Snapshot
 from ale.task import WORKDIR, Task
@@ -39,7 +40,10 @@ class TerminalEnv:
     async def reset(self) -> str:
         self._sandbox = await self._stack.enter_async_context(self._engine.start(self._spec))
         for file in self._task.files:
-            await self._sandbox.write_file(f"{WORKDIR}/{file.path}", file.data, mode=file.mode)
+            try:
+                await self._sandbox.write_file(f"{WORKDIR}/{file.path}", file.data, mode=file.mode)
+            except OSError as error:
+                raise SandboxError(f"{self._task.id}: {file.path} cannot be laid out: {error}") from error
         return self._task.instruction
 
     async def step(self, action: str) -> Step:
@@ -77,9 +81,8 @@ class TerminalEnv:
         text = (completed.text() + completed.text("stderr")).rstrip("\n")
         limit = self._max_output_chars
         if len(text) > limit:
-            text = (
-                f"{text[: limit // 2]}\n[... {len(text) - limit} characters cut ...]\n{text[-(limit - limit // 2) :]}"
-            )
+            head, tail = text[: limit // 2], text[len(text) - (limit - limit // 2) :]
+            text = f"{head}\n[... {len(text) - limit} characters cut ...]\n{tail}"
         if completed.timed_out:
             ending = f"[timed out after {self._command_timeout_s:g} s]"
         elif completed.signal is not None:

@@ -28,6 +28,7 @@ class LayerStore:
 
     def __init__(self, directory: Path, owner: Owner | None) -> None:
         self._directory = directory
+        self._scratch = os.path.realpath(directory.parent / "scratch")
         self._owner = owner
         self._made = 0
         self._cached: dict[str, tuple[str, Layer]] = {}  # source -> (signature, layer)
@@ -59,6 +60,8 @@ class LayerStore:
             except OSError as error:
                 raise SandboxError(f"cannot copy {source!r} into a sandbox: {error}") from error
             layer = self._add(path)
+            if key.startswith(f"{self._scratch}/"):  # made for one sandbox: a kept copy would never be asked for again
+                return self.hold(layer)
             if cached is not None:
                 await self.let_go([cached[1]])
             self._cached[key] = (signature, self.hold(layer))  # the cache is a holder
