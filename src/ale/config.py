@@ -92,7 +92,7 @@ class AlgorithmConfig(_Section, frozen=True):
     normalization: Literal["token", "sequence", "sequence_token"] | None = None
     pi_old: Literal["snapshot", "mu", "proximal"] = "snapshot"
     shuffle_rewards: bool = False
-    """A control: rewards are permuted between the trajectories of a batch, so that there is nothing to learn."""
+    """A control: each rollout gets the reward of another, before filtering, so that there is nothing to learn."""
 
 
 class LearnerConfig(_Section, frozen=True):

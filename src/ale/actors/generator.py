@@ -11,9 +11,12 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 
+import msgspec
+
 from ale.actor import Actor
 from ale.actors.env_manager import rollout_deadline_s
 from ale.actors.ledger import Ledger
+from ale.actors.reward_shuffle import RewardShuffle
 from ale.actors.slots import Slots
 from ale.algorithm.filters import Reason, group_reason, logp_reason, rollout_reason
 from ale.config import RunConfig
@@ -39,6 +42,7 @@ class Generator(Actor):
         self._slots = slots
         self._ledger = ledger
         self._groups = 0
+        self._shuffle = RewardShuffle(config.seed) if config.algorithm.shuffle_rewards else None
         self._recent: deque[bool] = deque(maxlen=_RECENT)
         self._rollouts = 0
 
@@ -104,7 +108,7 @@ class Generator(Actor):
                         running.add(rollouts.create_task(self._rollout(name, started, task)))
                         started += 1
         if len(members) == size:
-            return members
+            return sorted(members, key=lambda t: int(t.id.rpartition("/")[2]))  # not in the order of their ends
         logger.warning(
             "group %s: task %s failed %d times; the group is dropped", name, task.id, attempts - len(members)
         )
@@ -128,9 +132,14 @@ class Generator(Actor):
             reason = rollout_reason(reward=trajectory.reward)
         if reason is None:
             reason = logp_reason(None, trajectory.logp_A.numpy(), trajectory.logp_sampled_A.numpy())
-        if reason is None:
-            self._recent.append((trajectory.reward or 0.0) > 0)
-            return trajectory
+        if reason is None and trajectory.reward is not None:
+            self._recent.append(trajectory.reward > 0)
+            if self._shuffle is None:
+                return trajectory
+            reward = self._shuffle.swap(trajectory.reward)
+            if reward is not None:
+                return msgspec.structs.replace(trajectory, reward=reward)
+            reason = "shuffle_pool"
         logger.info("rollout %s of %s is dropped: %s (%s)", id_, task.id, reason, trajectory.cause)
         self._ledger.drop(id_, reason, trajectory.action_tokens)
         return None

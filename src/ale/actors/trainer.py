@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -57,7 +56,6 @@ class Trainer(Actor):
         self._slots = slots
         self._ledger = ledger
         self._after = after
-        self._shuffle = random.Random(config.seed)
 
     async def run(self) -> None:
         for number in range(1, self._config.learner.updates + 1):
@@ -92,13 +90,10 @@ class Trainer(Actor):
         )
 
     def _samples(self, batch: Batch) -> list[Sample]:
-        # One without a reward does not get this far; if it did, `advantages` would refuse the NaN.
-        rewards = [math.nan if t.reward is None else t.reward for g in batch.groups for t in g.trajectories]
-        if self._config.algorithm.shuffle_rewards:
-            self._shuffle.shuffle(rewards)
-        rest = iter(rewards)
-        return [s for g in batch.groups for s in self._group(g, [next(rest) for _ in g.trajectories])]
+        return [sample for group in batch.groups for sample in self._group(group)]
 
-    def _group(self, group: Group, rewards: list[float]) -> list[Sample]:
+    def _group(self, group: Group) -> list[Sample]:
+        # One without a reward does not get this far; if it did, `advantages` would refuse the NaN.
+        rewards = [math.nan if t.reward is None else t.reward for t in group.trajectories]
         values = advantages(rewards, self._config.algorithm.baseline)
         return [Sample(trajectory=t, advantage=float(a)) for t, a in zip(group.trajectories, values, strict=True)]
