@@ -127,11 +127,7 @@ class Generator(Actor):
         rollout = Rollout(id=id_, group=group, task=task, sampling=sampling)
         self._ledger.start(id_)
         trajectory = await self.bus.ask("envs", rollout, deadline_s=rollout_deadline_s(self._config))
-        reason: str | None = None if trajectory.status == "scored" else trajectory.status
-        if reason is None:
-            reason = rollout_reason(reward=trajectory.reward)
-        if reason is None:
-            reason = logp_reason(None, trajectory.logp_A.numpy(), trajectory.logp_sampled_A.numpy())
+        reason = _why_not(trajectory)
         if reason is None and trajectory.reward is not None:
             self._recent.append(trajectory.reward > 0)
             if self._shuffle is None:
@@ -141,5 +137,14 @@ class Generator(Actor):
                 return msgspec.structs.replace(trajectory, reward=reward)
             reason = "shuffle_pool"
         logger.info("rollout %s of %s is dropped: %s (%s)", id_, task.id, reason, trajectory.cause)
-        self._ledger.drop(id_, reason, trajectory.action_tokens)
+        self._ledger.drop(id_, str(reason), trajectory.action_tokens)
         return None
+
+
+def _why_not(trajectory: Trajectory) -> str | None:
+    """Why this trajectory must not be trained on; None where nothing is wrong."""
+    if trajectory.status != "scored":
+        return trajectory.status
+    return rollout_reason(reward=trajectory.reward) or logp_reason(
+        None, trajectory.logp_A.numpy(), trajectory.logp_sampled_A.numpy()
+    )
