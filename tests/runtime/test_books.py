@@ -109,7 +109,7 @@ def accepted(tell: asyncio.Task[bool]) -> bool:
     return not tell.cancelled() and tell.exception() is None and tell.result()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(schedule=schedules, capacity=st.integers(1, 4), concurrency=st.integers(1, 3), budget=st.integers(0, 3))
 def test_every_ask_ends_and_every_told_message_is_handled_once_or_accounted_for(
     schedule, capacity, concurrency, budget
