@@ -21,7 +21,7 @@ from ale.agent.chat import Chat
 from ale.config import AgentConfig
 from ale.envs.env import Env
 from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, WorkerDied
-from ale.messages import Chunk, Demonstration, Ending, Generate, Rollout, Sampling, Status, ToolResult, Trajectory, Turn
+from ale.messages import Chunk, Demonstration, Ending, Generate, Rollout, Status, ToolResult, Trajectory, Turn
 from ale.policy.port import Policy
 from ale.task import Task
 from ale.wire import Array
@@ -174,10 +174,6 @@ async def demonstrate(task: Task, make_env: Callable[[Task], Env], chat: Chat, l
     if score.reward <= 0:
         raise EvaluatorError(f"the reference solution of {task.id} gets the reward {score.reward:g}: {score.output}")
     return Demonstration(tokens_T=Array.of(tokens, "int32"), chunks=tuple(chunks))
-
-
-def sampling_of(temperature: float, top_p: float, top_k: int | None, seed: int) -> Sampling:
-    return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
 
 def _join(parts: list[Array], dtype: str) -> Array:
