@@ -129,7 +129,7 @@ class Run:
             async with self.engine_process(model):
                 yield learner
 
-    async def warm_start(self, learner: WorkerProcess, source: Source, tell: Report) -> None:
+    async def warm_start(self, learner: WorkerProcess, source: Source, tell: Report, folder: RunFolder) -> None:
         """Supervised updates on demonstrations (eq. 1), then the weights go to the policy."""
         c = self.config.warm_start
         if c.steps:
@@ -143,7 +143,10 @@ class Run:
                 request = Imitate(demonstrations=batch, learning_rate=rate)
                 metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
                 tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
-            await self.policy.load_weights(metrics.version, metrics.slot)
+                if step == c.steps or (c.eval_every and step % c.eval_every == 0):
+                    await self.policy.load_weights(metrics.version, metrics.slot)
+                if c.eval_every and step % c.eval_every == 0:
+                    await self.evaluate(source.heldout, f"warm_start_{step}", tell, folder)
         await learner.ask(StartPolicyOptimization(), deadline_s=self.config.learner.step_deadline_s)
 
     async def optimise(
