@@ -40,7 +40,7 @@ async def train(config: RunConfig, *, report: Report | None = None, overwrite: b
     source = open_source(config.tasks, config.seed)
     with RunFolder(config, overwrite=overwrite) as folder:
         model = await _model_directory(config, source, folder.model)
-        async with Run.open(config, model) as run, run.learner_process(model) as learner:
+        async with Run.open(config, source, model) as run, run.learner_process(model) as learner:
             await run.warm_start(learner, source, tell, folder)
             before = await run.evaluate(source.heldout, "heldout_before", tell, folder)
             families_before = await run.evaluate(source.families, "families_before", tell, folder)
@@ -97,7 +97,7 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     tell = report or (lambda progress: None)
     source = open_source(config.tasks, config.seed)
     model = check_model_path(model_path)
-    async with Run.open(config, model) as run, run.engine_process(model, learning=False):
+    async with Run.open(config, source, model) as run, run.engine_process(model, learning=False):
         heldout = await run.evaluate(source.heldout, "heldout", tell)
         families = await run.evaluate(source.families, "families", tell)
     assert heldout is not None
@@ -122,7 +122,7 @@ async def _model_directory(config: RunConfig, source: Source, target: Path) -> P
     for task in islice(source.train, _CORPUS_TASKS):
         texts += [
             task.instruction,
-            *map(render, task.solution),
+            *(render(action, task.actions) for action in task.solution),
             *(f.data.decode("utf-8", "replace") for f in task.files),
         ]
     await asyncio.to_thread(save_nano, target, texts, seed=config.seed)

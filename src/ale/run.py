@@ -10,8 +10,6 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from pathlib import Path
 
-import msgspec
-
 from ale.actors.env_manager import EnvManager
 from ale.actors.evaluation import evaluate_tasks, rate
 from ale.actors.generator import Generator
@@ -26,9 +24,8 @@ from ale.agent.episode import demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
 from ale.data.run_folder import RunFolder
-from ale.envs.env import Env
+from ale.envs.env import Env, Host
 from ale.envs.source import Source
-from ale.envs.terminal import TerminalEnv
 from ale.errors import ConfigError, LearnerError
 from ale.learner.weights import create_memory
 from ale.messages import (
@@ -58,8 +55,11 @@ _LOOK_AT_MOST = 50
 class Run:
     """What stays open from the first demonstration to the last evaluation: bus, sandboxes, policy, supervisor."""
 
-    def __init__(self, config: RunConfig, engine: SandboxEngine, bus: Bus, supervisor: Supervisor, chat: Chat) -> None:
+    def __init__(
+        self, config: RunConfig, source: Source, engine: SandboxEngine, bus: Bus, supervisor: Supervisor, chat: Chat
+    ) -> None:
         self.config = config
+        self.source = source
         self._engine = engine
         self._bus = bus
         self._supervisor = supervisor
@@ -73,11 +73,11 @@ class Run:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: RunConfig, model: Path) -> AsyncIterator[Run]:
+    async def open(cls, config: RunConfig, source: Source, model: Path) -> AsyncIterator[Run]:
         chat = Chat(load_tokenizer(model))
         bus = Bus()
         async with open_engine(config.sandbox.kind) as engine, Supervisor(bus) as supervisor:
-            run = cls(config, engine, bus, supervisor, chat)
+            run = cls(config, source, engine, bus, supervisor, chat)
             try:
                 await supervisor.start(run._loop_lag)
                 await supervisor.start(run._reward)
@@ -203,16 +203,8 @@ class Run:
         return Progress(phase=phase, step=step, total=total, values=values, waits=waits)
 
     def _environment(self, task: Task) -> Env:
-        c = self.config
-        return TerminalEnv(
-            msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
-            self._engine,
-            lambda task, snapshot: self._reward.ask(self._bus, task, snapshot),
-            pids=c.sandbox.pids,
-            max_output_chars=c.agent.max_output_chars,
-            command_timeout_s=c.agent.command_timeout_s,
-            label=c.name,
-        )
+        host = Host(self._engine, lambda task, snapshot: self._reward.ask(self._bus, task, snapshot), self.config)
+        return self.source.make_env(task, host)
 
     async def _demonstrations(self, source: Source, tell: Report) -> list[Demonstration]:
         """Reference solutions of training tasks, carried out in sandboxes, a fixed number of each family."""

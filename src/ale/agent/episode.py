@@ -123,7 +123,7 @@ async def _converse(
             )
             prompt_T = Array.of(record.tokens, "int32")
             turn = await policy.generate(Generate(session=rollout.id, prompt_T=prompt_T, sampling=sampling))
-            action = parse(chat.text(turn.tokens_A.numpy().tolist()))
+            action = parse(chat.text(turn.tokens_A.numpy().tolist()), rollout.task.actions)
             record.add(turn, action)
             if turn.finish == "length":
                 action = Malformed(_CUT)
@@ -154,20 +154,25 @@ async def _converse(
 
 
 async def demonstrate(task: Task, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig) -> Demonstration:
-    """The reference solution carried out for real and written down as an episode. Raises `EvaluatorError` unless the
-    tests then give a reward above 0: what does not work is not shown."""
+    """The reference solution carried out for real and written down as an episode; an answer follows it where the
+    environment has not ended the episode. Raises `EvaluatorError` unless the reward is then above 0: what does not work
+    is not shown."""
     env = make_env(task)
     try:
         tokens = chat.start(await env.reset(), limits.system_prompt)
         chunks = []
-        for command in task.solution:
-            spoken = chat.spoken(render(command))
+        for action in task.solution:
+            spoken = chat.spoken(render(action, task.actions))
             chunks.append(Chunk(len(tokens), len(tokens) + len(spoken), "call"))
-            step = await env.step(command)
-            tokens += [*spoken, *chat.observation(step.observation, ended=True)]
-        spoken = chat.spoken("done")
-        chunks.append(Chunk(len(tokens), len(tokens) + len(spoken), "answer"))
-        tokens += spoken
+            tokens += spoken
+            step = await env.step(action)
+            if step.terminated:
+                break
+            tokens += chat.observation(step.observation, ended=True)
+        else:
+            spoken = chat.spoken("done")
+            chunks.append(Chunk(len(tokens), len(tokens) + len(spoken), "answer"))
+            tokens += spoken
         score = await env.score()
     finally:
         await env.close()

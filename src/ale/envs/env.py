@@ -1,12 +1,22 @@
-"""The environment port, with GEM's semantics: reset, step, score, close. An environment is used for one episode."""
+"""The environment port, with GEM's semantics: reset, step, score, close. An environment is used for one episode.
+
+What an action is, the task says (`Task.actions`); turns are parsed before they come here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import msgspec
 
+from ale.config import RunConfig
 from ale.messages import Score, ToolResult
+from ale.sandbox import SandboxEngine, Snapshot
+from ale.task import Task
+
+Grader = Callable[[Task, Snapshot], Awaitable[Score]]
+"""Scores what an agent left behind. Raises `EvaluatorError` and `SandboxError`."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -33,3 +43,15 @@ class Env(Protocol):
 
     async def close(self) -> None:
         """Releases everything. Idempotent."""
+
+
+class Host(msgspec.Struct, frozen=True):
+    """What a run offers its environments: sandboxes, somebody who grades a snapshot, and the configuration."""
+
+    engine: SandboxEngine
+    grader: Grader
+    config: RunConfig
+
+
+MakeEnv = Callable[[Task, Host], Env]
+"""Makes the environment of one episode. It acquires nothing: that is for `reset`."""

@@ -9,18 +9,22 @@ from pathlib import Path
 import msgspec
 
 from ale.config import TasksConfig
+from ale.envs.env import MakeEnv
 from ale.envs.families import make_splits
 from ale.envs.task_dir import load_tasks
+from ale.envs.terminal import terminal_env
 from ale.errors import ConfigError
 from ale.task import Task
 
 
 class Source(msgspec.Struct, frozen=True):
-    """`heldout` and `families` are never drawn by `train`, an iterator that may be endless."""
+    """`heldout` and `families` are never drawn by `train`, an iterator that may be endless. `make_env` makes the
+    environment that a task is played in."""
 
     train: Iterator[Task]
     heldout: tuple[Task, ...]
     families: tuple[Task, ...] = ()
+    make_env: MakeEnv = terminal_env
 
 
 def open_source(config: TasksConfig, seed: int) -> Source:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
-from ale.envs.env import Step
+import msgspec
+
+from ale.envs.env import Grader, Host, Step
 from ale.errors import SandboxError
 from ale.messages import Score, ToolResult
-from ale.sandbox import Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec, Snapshot
+from ale.sandbox import Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec
 from ale.task import WORKDIR, Task
-
-Grader = Callable[[Task, Snapshot], Awaitable[Score]]
 
 
 class TerminalEnv:
@@ -92,3 +91,17 @@ class TerminalEnv:
         else:
             return text or "ok"
         return f"{text}\n{ending}" if text else ending
+
+
+def terminal_env(task: Task, host: Host) -> TerminalEnv:
+    """The environment of `task` under the limits of a run."""
+    c = host.config
+    return TerminalEnv(
+        msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
+        host.engine,
+        host.grader,
+        pids=c.sandbox.pids,
+        max_output_chars=c.agent.max_output_chars,
+        command_timeout_s=c.agent.command_timeout_s,
+        label=c.name,
+    )
