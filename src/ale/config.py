@@ -58,6 +58,9 @@ class AgentConfig(_Section, frozen=True):
     """One episode: what the agent is told and how far it may go."""
 
     system_prompt: str = ""
+    actions: Literal["bash", "text"] = "bash"
+    """What a turn means: "bash", a call in a fence or the final answer; "text", the whole turn is the action, and the
+    environment says when the episode is over."""
     max_turns: int = 8
     max_turn_tokens: int = 48
     max_context_tokens: int = 1024

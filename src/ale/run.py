@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots
 from ale.actors.trainer import Trainer, Update
 from ale.agent.chat import Chat
-from ale.agent.episode import demonstrate
+from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
 from ale.data.run_folder import RunFolder
@@ -48,6 +48,7 @@ from ale.supervisor import Supervisor
 from ale.task import Task
 
 Report = Callable[[Progress], None]
+MakeEnv = Callable[[Task], Env]
 _OPEN_DEADLINE_S = 300.0
 _GRADERS = 4
 _WARM_UP_STEPS = 20
@@ -58,7 +59,16 @@ _LOOK_AT_MOST = 50
 class Run:
     """What stays open from the first demonstration to the last evaluation: bus, sandboxes, policy, supervisor."""
 
-    def __init__(self, config: RunConfig, engine: SandboxEngine, bus: Bus, supervisor: Supervisor, chat: Chat) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: SandboxEngine | None,
+        bus: Bus,
+        supervisor: Supervisor,
+        chat: Chat,
+        make_env: MakeEnv | None,
+        judge: Judge | None,
+    ) -> None:
         self.config = config
         self._engine = engine
         self._bus = bus
@@ -67,20 +77,28 @@ class Run:
         self._weights = create_memory()
         self._slots = config.rollout.max_lag + 2
         self._loop_lag = LoopLag()
-        self._reward = Reward(engine, concurrency=_GRADERS, label=config.name)
+        self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
+        self._make_env = make_env or self._terminal
+        self._judge = judge
         self._policy: EmbeddedPolicy | None = None
         self._generator: Generator | None = None
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: RunConfig, model: Path) -> AsyncIterator[Run]:
+    async def open(
+        cls, config: RunConfig, model: Path, *, make_env: MakeEnv | None = None, judge: Judge | None = None
+    ) -> AsyncIterator[Run]:
+        """`make_env` and `judge` take the places of the terminal in a sandbox and of the tasks' tests."""
         chat = Chat(load_tokenizer(model))
         bus = Bus()
-        async with open_engine(config.sandbox.kind) as engine, Supervisor(bus) as supervisor:
-            run = cls(config, engine, bus, supervisor, chat)
+        async with AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(open_engine(config.sandbox.kind)) if make_env is None else None
+            supervisor = await stack.enter_async_context(Supervisor(bus))
+            run = cls(config, engine, bus, supervisor, chat, make_env, judge)
             try:
                 await supervisor.start(run._loop_lag)
-                await supervisor.start(run._reward)
+                if run._reward is not None:
+                    await supervisor.start(run._reward)
                 yield run
             finally:
                 os.close(run._weights)
@@ -98,7 +116,12 @@ class Run:
         async with open_embedded(settings) as policy:
             self._policy = policy
             manager = EnvManager(
-                policy, self._environment, self._chat, self.config.agent, concurrency=self.config.rollout.concurrency
+                policy,
+                self._make_env,
+                self._chat,
+                self.config.agent,
+                concurrency=self.config.rollout.concurrency,
+                judge=self._judge,
             )
             await self._supervisor.start(manager)
             try:
@@ -191,7 +214,7 @@ class Run:
         return {
             "success": self._generator.recent_success() if self._generator else 0.0,
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
-            "sandboxes_alive": float(self._engine.statistics().alive),
+            "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
         }
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
@@ -199,12 +222,14 @@ class Run:
         waits = tuple(f"{w.who}: {w.what}" for w in islice(busy, 3))
         return Progress(phase=phase, step=step, total=total, values=values, waits=waits)
 
-    def _environment(self, task: Task) -> Env:
-        c = self.config
+    def _terminal(self, task: Task) -> Env:
+        c, engine, reward = self.config, self._engine, self._reward
+        assert engine is not None
+        assert reward is not None
         return TerminalEnv(
             msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
-            self._engine,
-            lambda task, snapshot: self._reward.ask(self._bus, task, snapshot),
+            engine,
+            lambda task, snapshot: reward.ask(self._bus, task, snapshot),
             pids=c.sandbox.pids,
             max_output_chars=c.agent.max_output_chars,
             command_timeout_s=c.agent.command_timeout_s,
@@ -221,7 +246,7 @@ class Run:
         async def one(task: Task) -> Demonstration:
             nonlocal done
             async with room:
-                shown = await demonstrate(task, self._environment, self._chat, self.config.agent)
+                shown = await demonstrate(task, self._make_env, self._chat, self.config.agent, self._judge)
             done += 1
             tell(self.progress("warm_start", 0, c.steps, {"demonstrations": done}))
             return shown

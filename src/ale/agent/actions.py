@@ -5,13 +5,17 @@
     ```
 
 Text before the fence is reasoning. Anything that is neither a whole call nor free of fences is an error with its exact
-reason, which goes back to the policy as an observation.
+reason, which goes back to the policy as an observation. With `actions = "text"` (games, dialogues) the whole turn is
+the action.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
+Actions = Literal["bash", "text"]
 OPEN, CLOSE = "```bash\n", "\n```"
 _FENCE = "```"
 
@@ -34,7 +38,9 @@ class Malformed(msgspec.Struct, frozen=True):
     reason: str
 
 
-def parse(text: str) -> Call | Answer | Malformed:
+def parse(text: str, actions: Actions = "bash") -> Call | Answer | Malformed:
+    if actions == "text":
+        return Call(text)
     fences = text.count(_FENCE)
     if fences == 0:
         return Answer(text.strip())
@@ -58,6 +64,6 @@ def parse(text: str) -> Call | Answer | Malformed:
     return Call(body[1:])
 
 
-def render(command: str) -> str:
+def render(command: str, actions: Actions = "bash") -> str:
     """The text of a call; `parse(render(c)) == Call(c)` for every command without fences."""
-    return f"{OPEN}{command}{CLOSE}"
+    return command if actions == "text" else f"{OPEN}{command}{CLOSE}"

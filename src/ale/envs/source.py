@@ -33,11 +33,16 @@ def open_source(config: TasksConfig, seed: int) -> Source:
         raise ConfigError(
             f'tasks.source: there is no directory {directory}. Give a directory of task directories, or "procedural".'
         )
-    tasks = _distinct(load_tasks(directory))
+    return split(_distinct(load_tasks(directory)), config, seed, where=str(directory))
+
+
+def split(tasks: list[Task], config: TasksConfig, seed: int, *, where: str) -> Source:
+    """`config.heldout` of the tasks held out, the others for training. `where` they came from is named in errors."""
+    tasks = list(tasks)
     random.Random(config.seed).shuffle(tasks)
     if len(tasks) <= config.heldout:
         raise ConfigError(
-            f"tasks.heldout is {config.heldout}, but {directory} holds {len(tasks)} different tasks: "
+            f"tasks.heldout is {config.heldout}, but {where} holds {len(tasks)} different tasks: "
             "none would be left to train on."
         )
     heldout = tuple(msgspec.structs.replace(t, split="heldout") for t in tasks[: config.heldout])
