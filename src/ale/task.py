@@ -24,8 +24,8 @@ REWARD_FILE = "/logs/verifier/reward.txt"
 
 Split = Literal["train", "heldout", "families", "user"]
 Actions = Literal["bash", "text", "python"]
-"""How a turn of the policy is read (`ale.agent.actions`): "bash", a command in a fence, or without one the final answer;
-"text", the whole turn is the action; "python", the code in it is."""
+"""How a turn is read (`ale.agent.actions`): "bash", a command in a fence, or without one the final answer; "text", the
+whole turn is the action; "python", the code in it is."""
 
 
 class TaskFile(msgspec.Struct, frozen=True, array_like=True):

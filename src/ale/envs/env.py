@@ -5,18 +5,13 @@ What an action is, the task says (`Task.actions`); turns are parsed before they 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
-from ale.config import RunConfig
 from ale.messages import Score, ToolResult
-from ale.sandbox import SandboxEngine, Snapshot
 from ale.task import Task
-
-Grader = Callable[[Task, Snapshot], Awaitable[Score]]
-"""Scores what an agent left behind. Raises `EvaluatorError` and `SandboxError`."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -45,13 +40,5 @@ class Env(Protocol):
         """Releases everything. Idempotent."""
 
 
-class Host(msgspec.Struct, frozen=True):
-    """What a run offers its environments: sandboxes, somebody who grades a snapshot, and the configuration."""
-
-    engine: SandboxEngine
-    grader: Grader
-    config: RunConfig
-
-
-MakeEnv = Callable[[Task, Host], Env]
+MakeEnv = Callable[[Task], Env]
 """Makes the environment of one episode. It acquires nothing: that is for `reset`."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
-import msgspec
-
-from ale.envs.env import Grader, Host, Step
+from ale.envs.env import Step
 from ale.errors import SandboxError
 from ale.messages import Score, ToolResult
-from ale.sandbox import Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec
+from ale.sandbox import Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec, Snapshot
 from ale.task import WORKDIR, Task
+
+Grader = Callable[[Task, Snapshot], Awaitable[Score]]
+
+PROGRAM = "program.py"
+"""Where, in the working directory, a `ProgramEnv` leaves what the agent wrote."""
 
 
 class TerminalEnv:
@@ -93,15 +97,12 @@ class TerminalEnv:
         return f"{text}\n{ending}" if text else ending
 
 
-def terminal_env(task: Task, host: Host) -> TerminalEnv:
-    """The environment of `task` under the limits of a run."""
-    c = host.config
-    return TerminalEnv(
-        msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
-        host.engine,
-        host.grader,
-        pids=c.sandbox.pids,
-        max_output_chars=c.agent.max_output_chars,
-        command_timeout_s=c.agent.command_timeout_s,
-        label=c.name,
-    )
+class ProgramEnv(TerminalEnv):
+    """One action, a program: it is left in the workspace as `PROGRAM`, and the episode ends. Only the tests run it."""
+
+    async def step(self, action: str) -> Step:
+        try:
+            await self._live().write_file(f"{WORKDIR}/{PROGRAM}", action.encode("utf-8", "replace"))
+        except OSError as error:
+            raise SandboxError(f"{self._task.id}: {PROGRAM} cannot be written: {error}") from error
+        return Step("", terminated=True, result=ToolResult(call=action, output="", exit_code=0))
