@@ -106,7 +106,7 @@ async def open_run(
 ) -> AsyncIterator[Training]:
     """Trains as `ale train` does, folder and all, in the event loop that is running.
 
-    `environment(task)` makes the environment of one episode; its actions are whole turns (`agent.actions = "text"`).
+    `environment(task)` makes the environment of one episode; its actions are whole turns (`Task.actions = "text"`).
     Without it the agent works in a sandbox. `reward(trajectory)` replaces the environment's score or the task's tests.
     `tasks` replace the configured ones; an environment without tasks gets numbers (`task.seed`). `report` hears of the
     warm start and of evaluations too.
@@ -114,14 +114,15 @@ async def open_run(
     Raises `UserError` for what the caller can mend, on entering or in the loop.
     """
     listed = None if tasks is None else list(tasks)
-    source = make_env = None
-    if environment is not None:
-        make_env = own_environments(environment)
-        config = msgspec.structs.replace(config, agent=msgspec.structs.replace(config.agent, actions="text"))
+    source = None
     if listed is not None:
+        if environment is not None:
+            listed = [msgspec.structs.replace(task, actions="text") for task in listed]
         source = own_tasks(listed, config.tasks, config.seed)
     elif environment is not None:
         source = seeds(getattr(environment, "__name__", "task").lower(), config.tasks, config.seed)
+    if source is not None and environment is not None:
+        source = msgspec.structs.replace(source, make_env=own_environments(environment))
     pipeline = load_pipeline(config)
     run = Training(config)
     task = run._begin(
@@ -130,7 +131,6 @@ async def open_run(
             report=report,
             overwrite=overwrite,
             source=source,
-            make_env=make_env,
             judge=None if reward is None else own_reward(reward),
             watch=run._watch,
         )

@@ -196,7 +196,7 @@ class Run:
         seen = await evaluate_tasks(
             self._bus, self.config, tasks, name, lambda n: tell(self.progress("evaluate", n, len(tasks), {}))
         )
-        result = rate(seen)
+        result = rate(seen, self.config.eval)
         if folder is not None:
             for trajectory in seen:
                 folder.keep(trajectory, evaluation=name)

@@ -143,7 +143,16 @@ def seeds(name: str, config: TasksConfig, seed: int) -> Source:
     """
 
     def task(number: int, split: Split) -> Task:
-        return Task(id=f"{name}-{number}", instruction="", files=(), tests=(), family=name, seed=number, split=split)
+        return Task(
+            id=f"{name}-{number}",
+            instruction="",
+            files=(),
+            tests=(),
+            actions="text",
+            family=name,
+            seed=number,
+            split=split,
+        )
 
     first = config.heldout + (seed << 32)
     return Source(

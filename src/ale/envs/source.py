@@ -1,4 +1,4 @@
-"""Where a run's tasks come from: the procedural families, or a directory of task directories."""
+"""Where a run's tasks come from: the procedural families, a directory of task directories, or an adapter's package."""
 
 from __future__ import annotations
 
@@ -33,10 +33,19 @@ def open_source(config: TasksConfig, seed: int) -> Source:
     if config.source == "procedural":
         splits = make_splits(config.heldout, config.families, config.seed)
         return Source(train=splits.train(seed), heldout=splits.heldout, families=splits.families)
+    if config.source.startswith("gem:"):
+        from ale.envs.gem import open_gem
+
+        return open_gem(config, seed)
+    if config.source == "human-eval":
+        from ale.envs.human_eval import open_human_eval
+
+        return open_human_eval(config, seed)
     directory = Path(config.source).expanduser()
     if not directory.is_dir():
         raise ConfigError(
-            f'tasks.source: there is no directory {directory}. Give a directory of task directories, or "procedural".'
+            f"tasks.source: there is no directory {directory}. Give a directory of task directories, "
+            '"procedural", "human-eval" or "gem:" and the name of an environment.'
         )
     return split(_distinct(load_tasks(directory)), config, seed, where=str(directory))
 
