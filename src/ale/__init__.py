@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ale.progress import Progress as Progress
     from ale.progress import Summary as Summary
     from ale.task import Task as Task
+    from ale.task_env import make as make
+    from ale.task_env import make_async as make_async
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,8 @@ _HOME = {
     "Update": "actors.trainer",
     "UserError": "errors",
     "load": "config",
+    "make": "task_env",
+    "make_async": "task_env",
     "open_run": "embedding",
     "parse": "config",
 }

