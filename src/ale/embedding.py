@@ -122,7 +122,7 @@ async def open_run(
         source = own_tasks(listed, config.tasks, config.seed)
     elif environment is not None:
         source = seeds(getattr(environment, "__name__", "task").lower(), config.tasks, config.seed)
-    pipeline = load_pipeline(config)
+    pipeline = await asyncio.to_thread(load_pipeline, config)  # seconds, the first time: torch
     run = Training(config)
     task = run._begin(
         pipeline.train(
