@@ -300,10 +300,10 @@ class _Printer:
 
     def row(self, line: str, style: str = "") -> None:
         """A line of a table: cut where the terminal ends."""
-        wide = not self._console.is_terminal
-        self._console.print(
-            Text(visible(line), style=style), soft_wrap=wide, no_wrap=True, overflow="ellipsis", crop=not wide
-        )
+        if self._console.is_terminal:
+            self._console.print(Text(visible(line), style=style), no_wrap=True, overflow="ellipsis")
+        else:
+            self(line)
 
     def pairs(self, items: dict[str, str]) -> None:
         width = max((len(name) for name in items), default=0)
