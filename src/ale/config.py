@@ -52,15 +52,14 @@ class WarmStartConfig(_Section, frozen=True):
     by_family: dict[str, int] = {}
     batch: int = 16
     learning_rate: float = 2e-3
+    eval_every: int = 0
+    """Steps between evaluations on the held-out tasks while imitating; 0: none."""
 
 
 class AgentConfig(_Section, frozen=True):
     """One episode: what the agent is told and how far it may go."""
 
     system_prompt: str = ""
-    actions: Literal["bash", "text"] = "bash"
-    """What a turn means: "bash", a call in a fence or the final answer; "text", the whole turn is the action, and the
-    environment says when the episode is over."""
     max_turns: int = 8
     max_turn_tokens: int = 48
     max_context_tokens: int = 1024
@@ -161,6 +160,7 @@ class RunConfig(_Section, frozen=True):
             (self.tasks.heldout, "tasks.heldout"),
             (self.tasks.families, "tasks.families"),
             (self.warm_start.steps, "warm_start.steps"),
+            (self.warm_start.eval_every, "warm_start.eval_every"),
             (self.warm_start.learning_rate, "warm_start.learning_rate"),
         ):
             if not value >= 0:  # TOML knows nan

@@ -28,7 +28,7 @@ from ale.envs.source import Source, open_source
 from ale.errors import ConfigError
 from ale.models.path import check_model_path
 from ale.progress import EvalSummary, Summary
-from ale.run import MakeEnv, Report, Run
+from ale.run import Report, Run
 
 # The tokenizer of a new nano model is trained on the text of this many tasks.
 _CORPUS_TASKS = 400
@@ -40,13 +40,12 @@ async def train(
     report: Report | None = None,
     overwrite: bool = False,
     source: Source | None = None,
-    make_env: MakeEnv | None = None,
     judge: Judge | None = None,
     watch: Callable[[Update], Awaitable[None]] | None = None,
 ) -> Summary:
     """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder. Raises `UserError`.
 
-    `source`, `make_env` and `judge` replace what the configuration names; `watch` sees each update, recorded, before
+    `source` and `judge` replace what the configuration names; `watch` sees each update, recorded, before
     the next begins (`ale.open_run` is made of them).
     """
     began = time.monotonic()
@@ -54,9 +53,9 @@ async def train(
     source = source or open_source(config.tasks, config.seed)
     with RunFolder(config, overwrite=overwrite) as folder:
         model = await _model_directory(config, source, folder.model)
-        opened = Run.open(config, model, make_env=make_env, judge=judge)
+        opened = Run.open(config, model, make_env=source.make_env, judge=judge)
         async with opened as run, run.learner_process(model) as learner:
-            await run.warm_start(learner, source, tell)
+            await run.warm_start(learner, source, tell, folder)
             before = await run.evaluate(source.heldout, "heldout_before", tell, folder)
             families_before = await run.evaluate(source.families, "families_before", tell, folder)
             ledger, lag_seen, tokens = Ledger(), 0, 0
@@ -113,7 +112,8 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     if not source.heldout:
         raise ConfigError("tasks.heldout is 0: there is nothing to evaluate on.")
     model = check_model_path(model_path)
-    async with Run.open(config, model) as run, run.engine_process(model, learning=False):
+    opened = Run.open(config, model, make_env=source.make_env)
+    async with opened as run, run.engine_process(model, learning=False):
         heldout = await run.evaluate(source.heldout, "heldout", tell)
         families = await run.evaluate(source.families, "families", tell)
     assert heldout is not None
@@ -138,7 +138,7 @@ async def _model_directory(config: RunConfig, source: Source, target: Path) -> P
     for task in islice(source.train, _CORPUS_TASKS):
         texts += [
             task.instruction,
-            *(render(command, config.agent.actions) for command in task.solution),
+            *(render(action, task.actions) for action in task.solution),
             *(f.data.decode("utf-8", "replace") for f in task.files),
         ]
     await asyncio.to_thread(save_nano, target, texts, seed=config.seed)

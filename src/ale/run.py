@@ -26,9 +26,9 @@ from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
 from ale.data.run_folder import RunFolder
-from ale.envs.env import Env
+from ale.envs.env import Env, MakeEnv
 from ale.envs.source import Source
-from ale.envs.terminal import TerminalEnv
+from ale.envs.terminal import ProgramEnv, TerminalEnv
 from ale.errors import ConfigError, LearnerError
 from ale.learner.weights import create_memory
 from ale.messages import (
@@ -48,7 +48,6 @@ from ale.supervisor import Supervisor
 from ale.task import Task
 
 Report = Callable[[Progress], None]
-MakeEnv = Callable[[Task], Env]
 _OPEN_DEADLINE_S = 300.0
 _GRADERS = 4
 _WARM_UP_STEPS = 20
@@ -78,7 +77,7 @@ class Run:
         self._slots = config.rollout.max_lag + 2
         self._loop_lag = LoopLag()
         self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
-        self._make_env = make_env or self._terminal
+        self._make_env = make_env or self._in_sandbox
         self._judge = judge
         self._policy: EmbeddedPolicy | None = None
         self._generator: Generator | None = None
@@ -88,7 +87,7 @@ class Run:
     async def open(
         cls, config: RunConfig, model: Path, *, make_env: MakeEnv | None = None, judge: Judge | None = None
     ) -> AsyncIterator[Run]:
-        """`make_env` and `judge` take the places of the terminal in a sandbox and of the tasks' tests."""
+        """`make_env` and `judge` take the places of the sandbox and of the tasks' tests."""
         chat = Chat(load_tokenizer(model))
         bus = Bus()
         async with AsyncExitStack() as stack:
@@ -152,7 +151,7 @@ class Run:
             async with self.engine_process(model):
                 yield learner
 
-    async def warm_start(self, learner: WorkerProcess, source: Source, tell: Report) -> None:
+    async def warm_start(self, learner: WorkerProcess, source: Source, tell: Report, folder: RunFolder) -> None:
         """Supervised updates on demonstrations (eq. 1), then the weights go to the policy."""
         c = self.config.warm_start
         if c.steps:
@@ -166,7 +165,10 @@ class Run:
                 request = Imitate(demonstrations=batch, learning_rate=rate)
                 metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
                 tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
-            await self.policy.load_weights(metrics.version, metrics.slot)
+                if step == c.steps or (c.eval_every and step % c.eval_every == 0):
+                    await self.policy.load_weights(metrics.version, metrics.slot)
+                if c.eval_every and step % c.eval_every == 0:
+                    await self.evaluate(source.heldout, f"warm_start_{step}", tell, folder)
         await learner.ask(StartPolicyOptimization(), deadline_s=self.config.learner.step_deadline_s)
 
     async def optimise(
@@ -222,11 +224,12 @@ class Run:
         waits = tuple(f"{w.who}: {w.what}" for w in islice(busy, 3))
         return Progress(phase=phase, step=step, total=total, values=values, waits=waits)
 
-    def _terminal(self, task: Task) -> Env:
+    def _in_sandbox(self, task: Task) -> Env:
         c, engine, reward = self.config, self._engine, self._reward
         assert engine is not None
         assert reward is not None
-        return TerminalEnv(
+        env = ProgramEnv if task.actions == "python" else TerminalEnv
+        return env(
             msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
             engine,
             lambda task, snapshot: reward.ask(self._bus, task, snapshot),

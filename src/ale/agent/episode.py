@@ -146,7 +146,7 @@ async def _converse(
             )
             prompt_T = Array.of(record.tokens, "int32")
             turn = await policy.generate(Generate(session=rollout.id, prompt_T=prompt_T, sampling=sampling))
-            action = parse(chat.text(turn.tokens_A.numpy().tolist()), limits.actions)
+            action = parse(chat.text(turn.tokens_A.numpy().tolist()), rollout.task.actions)
             record.add(turn, action)
             if turn.finish == "length":
                 action = Malformed(_CUT)
@@ -191,16 +191,16 @@ async def demonstrate(
 
     try:
         record.tokens += chat.start(await env.reset(), limits.system_prompt)
-        for command in task.solution:
-            say(render(command, limits.actions), "call")
-            step = await env.step(command)
+        for action in task.solution:
+            say(render(action, task.actions), "call")
+            step = await env.step(action)
             if step.result is not None:
                 record.results.append(step.result)
             if step.terminated:
                 break
             record.tokens += chat.observation(step.observation, ended=True)
         else:
-            if limits.actions == "bash":
+            if task.actions == "bash":
                 record.answer = "done"
                 say(record.answer, "answer")
         tokens_T, chunks = Array.of(record.tokens, "int32"), tuple(record.chunks)

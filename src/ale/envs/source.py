@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ale.config import TasksConfig
+from ale.envs.env import MakeEnv
 from ale.envs.families import make_splits
 from ale.envs.task_dir import load_tasks
 from ale.errors import ConfigError
@@ -16,11 +17,15 @@ from ale.task import Task
 
 
 class Source(msgspec.Struct, frozen=True):
-    """`heldout` and `families` are never drawn by `train`, an iterator that may be endless."""
+    """`heldout` and `families` are never drawn by `train`, an iterator that may be endless.
+
+    `make_env` makes the environments that the tasks are played in; None: sandboxes, as the tasks say.
+    """
 
     train: Iterator[Task]
     heldout: tuple[Task, ...]
     families: tuple[Task, ...] = ()
+    make_env: MakeEnv | None = None
 
 
 def open_source(config: TasksConfig, seed: int) -> Source:
