@@ -105,10 +105,10 @@ def _phases(axes: Axes, logs: Sequence[RunLog]) -> None:
         axes.barh(range(len(logs)), mean, left=left, label=label)
         left += mean
     rest = np.array([_mean(seconds(log)) for log in logs]) - left
-    axes.barh(range(len(logs)), rest.clip(0), left=left, label="other", color="lightgrey")
+    axes.barh(range(len(logs)), rest.clip(0), left=left, label="further epochs, transfer", color="lightgrey")
     axes.set(title="seconds of an update, by phase", xlabel="s", yticks=range(len(logs)), yticklabels=names)
     axes.invert_yaxis()
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
 def _mean(values: Sequence[float]) -> float:
