@@ -18,10 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from ale.config import RunConfig
-from ale.envs.own import Environment, RewardFunction, own_environments, own_reward, own_tasks, seeds
+from ale.envs.own import Environment, RewardFunction, own_reward, own_source
 from ale.errors import UserError
 from ale.messages import Trajectory
 from ale.models.path import check_model_path
@@ -106,24 +104,15 @@ async def open_run(
 ) -> AsyncIterator[Training]:
     """Trains as `ale train` does, folder and all, in the event loop that is running.
 
-    `environment(task)` makes the environment of one episode; its actions are whole turns (`Task.actions = "text"`).
-    Without it the agent works in a sandbox. `reward(trajectory)` replaces the environment's score or the task's tests.
-    `tasks` replace the configured ones; an environment without tasks gets numbers (`task.seed`). `report` hears of the
-    warm start and of evaluations too.
+    `environment(task)` makes the environment of one episode; each turn is an action, whole. Without it the agent works
+    in a sandbox. `reward(trajectory)` replaces the environment's score or the task's tests. `tasks` replace the
+    configured ones; an environment without tasks gets numbers (`task.seed`). `report` hears of the warm start and of
+    evaluations too.
 
     Raises `UserError` for what the caller can mend, on entering or in the loop.
     """
-    listed = None if tasks is None else list(tasks)
-    source = None
-    if listed is not None:
-        if environment is not None:
-            listed = [msgspec.structs.replace(task, actions="text") for task in listed]
-        source = own_tasks(listed, config.tasks, config.seed)
-    elif environment is not None:
-        source = seeds(getattr(environment, "__name__", "task").lower(), config.tasks, config.seed)
-    if source is not None and environment is not None:
-        source = msgspec.structs.replace(source, make_env=own_environments(environment))
-    pipeline = load_pipeline(config)
+    source = own_source(tasks, environment, config.tasks, config.seed)
+    pipeline = await asyncio.to_thread(load_pipeline, config)  # seconds, the first time: torch
     run = Training(config)
     task = run._begin(
         pipeline.train(

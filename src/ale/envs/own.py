@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import count
 from typing import Any, Protocol
+
+import msgspec
 
 from ale.config import TasksConfig
 from ale.envs.env import Step
@@ -110,12 +112,6 @@ class OwnEnv:
         return self._environment
 
 
-def own_environments(make: Callable[[Task], Environment]) -> Callable[[Task], OwnEnv]:
-    """The `make_env` of a run whose environments are `make(task)`."""
-    call = Caller(f"the environment {_name(make)}", SandboxError)
-    return lambda task: OwnEnv(make, task, call)
-
-
 def own_reward(function: RewardFunction) -> Callable[[Trajectory], Awaitable[float]]:
     """The `judge` of a run whose rewards are `function(trajectory)`."""
     call = Caller(f"the reward function {_name(function)}", EvaluatorError)
@@ -127,20 +123,38 @@ def own_reward(function: RewardFunction) -> Callable[[Trajectory], Awaitable[flo
     return judge
 
 
-def own_tasks(tasks: list[Task], config: TasksConfig, seed: int) -> Source:
-    """Tasks of a program, split by `config.heldout` as a directory of tasks is. Raises `ConfigError`."""
-    ids = [task.id for task in tasks]
-    if len(set(ids)) < len(ids):
-        twice = next(id_ for i, id_ in enumerate(ids) if id_ in ids[:i])
-        raise ConfigError(f"tasks: two of them have the id {twice!r}; an id names one task.")
+def own_source(
+    tasks: Iterable[Task] | None,
+    environment: Callable[[Task], Environment] | None,
+    config: TasksConfig,
+    seed: int,
+) -> Source | None:
+    """The tasks and environments that a program brings; None when it brings neither. Raises `ConfigError`.
+
+    Tasks are split by `config.heldout`, as a directory of tasks is; an environment without tasks gets numbers.
+    """
+    if environment is None:
+        return None if tasks is None else _split(list(tasks), config, seed)
+    call = Caller(f"the environment {_name(environment)}", SandboxError)
+    if tasks is None:
+        source = _numbers(_name(environment).lower(), config, seed)
+    else:
+        source = _split([msgspec.structs.replace(task, actions="text") for task in tasks], config, seed)
+    return msgspec.structs.replace(source, make_env=lambda task: OwnEnv(environment, task, call))
+
+
+def _split(tasks: list[Task], config: TasksConfig, seed: int) -> Source:
+    seen = set[str]()
+    for task in tasks:
+        if task.id in seen:
+            raise ConfigError(f"tasks: two of them have the id {task.id!r}; an id names one task.")
+        seen.add(task.id)
     return split(tasks, config, seed, where="tasks")
 
 
-def seeds(name: str, config: TasksConfig, seed: int) -> Source:
-    """An endless source for environments that only need a number: `task.seed`. The held-out ones are never drawn.
-
-    Training starts at another number for each seed of the run; there are 2^32 of them in between.
-    """
+def _numbers(name: str, config: TasksConfig, seed: int) -> Source:
+    """An endless source of `task.seed`; the held-out ones come first and are never drawn. Training starts at another
+    number for each seed of the run, 2^32 apart."""
 
     def task(number: int, split: Split) -> Task:
         return Task(
@@ -154,9 +168,8 @@ def seeds(name: str, config: TasksConfig, seed: int) -> Source:
             split=split,
         )
 
-    first = config.heldout + (seed << 32)
     return Source(
-        train=(task(number, "train") for number in count(first)),
+        train=(task(number, "train") for number in count(config.heldout + (seed << 32))),
         heldout=tuple(task(number, "heldout") for number in range(config.heldout)),
     )
 
