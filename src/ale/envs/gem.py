@@ -25,11 +25,11 @@ from typing import Any, Protocol, SupportsFloat
 import numpy as np
 
 from ale.config import TasksConfig
-from ale.envs.env import Step
+from ale.envs.env import Env, Step
 from ale.envs.gem_players import player_for
-from ale.envs.own import own_environments
+from ale.envs.own import Caller, OwnEnv
 from ale.envs.source import Source
-from ale.errors import ConfigError, UserError
+from ale.errors import ConfigError, SandboxError, UserError
 from ale.task import Split, Task
 
 PREFIX = "gem:"
@@ -164,7 +164,11 @@ def gem_source(make: MakeGem, name: str, config: TasksConfig, seed: int) -> Sour
             if drawn not in taken and (made := task(drawn, "train")).instruction not in asked:
                 yield made
 
-    make_env = own_environments(_named(name, lambda task: GemEpisode(Game(make, task.seed), thread)))
+    call = Caller(f"the environment {name}", SandboxError)
+
+    def make_env(task: Task) -> Env:
+        return OwnEnv(lambda task: GemEpisode(Game(make, task.seed), thread), task, call)
+
     return Source(train=train(), heldout=heldout, make_env=make_env)
 
 
@@ -173,11 +177,6 @@ def _shown(observation: str, info: dict[str, Any]) -> str:
     suffix = info.get("suffix", "")
     newline = "\n" if suffix and not observation.endswith("\n") else ""
     return f"{info.get('prefix', '')}{observation}{newline}{suffix}"
-
-
-def _named(name: str, make: Callable[[Task], GemEpisode]) -> Callable[[Task], GemEpisode]:
-    make.__name__ = name  # what errors call it
-    return make
 
 
 def _import_gem() -> Any:
