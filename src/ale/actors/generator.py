@@ -129,7 +129,7 @@ class Generator(Actor):
         trajectory = await self.bus.ask("envs", rollout, deadline_s=rollout_deadline_s(self._config))
         reason = _why_not(trajectory)
         if reason is None and trajectory.reward is not None:
-            self._recent.append(trajectory.reward > 0)
+            self._recent.append(self._config.eval.solved(trajectory.reward))
             if self._shuffle is None:
                 return trajectory
             reward = self._shuffle.swap(trajectory.reward)
