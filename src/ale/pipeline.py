@@ -55,6 +55,7 @@ async def train(
         model = await _model_directory(config, source, folder.model)
         opened = Run.open(config, model, make_env=source.make_env, judge=judge)
         async with opened as run, run.learner_process(model) as learner:
+            run.follow(tell)
             await run.warm_start(learner, source, tell, folder)
             before = await run.evaluate(source.heldout, "heldout_before", tell, folder)
             families_before = await run.evaluate(source.families, "families_before", tell, folder)
@@ -67,8 +68,9 @@ async def train(
                 tokens += sum(t.action_tokens for t in update.trajectories)
                 for t in update.trajectories:
                     folder.keep(t, update=update.number)
-                values = _values(update) | run.load()
-                folder.record(update=update.number, **values, ledger=msgspec.to_builtins(ledger.statistics()))
+                books = ledger.statistics()
+                values = _values(update) | run.load() | {"episodes": float(books.started - books.running)}
+                folder.record(update=update.number, **values, ledger=msgspec.to_builtins(books))
                 tell(run.progress("train", update.number, config.learner.updates, values))
                 if config.learner.checkpoint_every and update.number % config.learner.checkpoint_every == 0:
                     await run.save(learner, folder.checkpoint(str(update.number)))
@@ -114,6 +116,7 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     model = check_model_path(model_path)
     opened = Run.open(config, model, make_env=source.make_env)
     async with opened as run, run.engine_process(model, learning=False):
+        run.follow(tell)
         heldout = await run.evaluate(source.heldout, "heldout", tell)
         families = await run.evaluate(source.families, "families", tell)
     assert heldout is not None
