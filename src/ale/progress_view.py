@@ -99,7 +99,6 @@ class ProgressView:
         self._printed_at = -PLAIN_INTERVAL_S
         self._shown = None
         self._steps.clear()
-        self._success.clear()
 
     def _view(self, progress: Progress) -> Group:
         lines = [self._line(progress)]
