@@ -13,7 +13,7 @@ from ale.progress import Progress, Rate
 
 # A log that no terminal redraws gets a line this often, and one at each end of a phase.
 PLAIN_INTERVAL_S = 10.0
-_NAMES = {"warm_start": "warm start", "evaluate": "evaluate", "train": "train"}
+_NAMES = {"warm_start": "warm start", "evaluate": "evaluate", "train": "train", "resume": "resume"}
 
 
 class ProgressView:

@@ -71,7 +71,7 @@ class Learner:
         self._moe = settings.router_loss > 0 and is_moe(model)
         self._supervised = _supervised
         self.optimizer = self._new_optimizer()
-        self._steps = 0
+        self.steps = 0
         self.slot = ring.publish(0, model)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
@@ -83,7 +83,12 @@ class Learner:
     def start_policy_optimization(self) -> None:
         """Forgets the optimizer state of the warm start: its moments belong to another objective."""
         self.optimizer = self._new_optimizer()
-        self._steps = 0
+        self.steps = 0
+
+    def go_on_at(self, version: int, steps: int) -> None:
+        """The weights have been put back to those of `version`, the optimizer to where it was after `steps` steps."""
+        self.version, self.steps = version, steps
+        self.slot = self.ring.publish(version, self.model)
 
     def imitate(self, demonstrations: Sequence[Demonstration], learning_rate: float) -> StepMetrics:
         """One supervised update (eq. 1, 2): error and task masks decide which chunks carry loss."""
@@ -147,7 +152,7 @@ class Learner:
         self.tokenizer.save_pretrained(path)
 
     def _learning_rate(self) -> float:
-        return self.settings.learning_rate * min(1.0, (self._steps + 1) / (self.settings.warmup_steps + 1))
+        return self.settings.learning_rate * min(1.0, (self.steps + 1) / (self.settings.warmup_steps + 1))
 
     def _update(
         self,
@@ -185,7 +190,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise LearnerError(f"the gradient norm of update {self.version + 1} is {norm}: no weight was changed")
         self.optimizer.step()
-        self._steps += 1
+        self.steps += 1
         values = {
             "update_s": time.perf_counter() - started,
             "tokens": float(tokens),
