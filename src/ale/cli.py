@@ -22,15 +22,12 @@ import ale
 from ale.errors import AleError, Interrupted, TaskFormatError, UserError
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from ale.actors.stop import Stop
     from ale.config import RunConfig
     from ale.progress import Summary
     from ale.progress_view import ProgressView
 
 T = TypeVar("T")
-_TRAIN_EXTRA = {"torch", "transformers", "tokenizers", "safetensors", "tensorboardX"}
 
 app = typer.Typer(
     help="Train LLM agents by reinforcement learning in real sandboxes, on one node.",
@@ -76,16 +73,15 @@ def train(
 
     Ctrl-C ends the run after the update in hand, with a checkpoint; Ctrl-C twice ends it at once.
     """
+    from ale.embedding import load_pipeline
     from ale.progress_view import ProgressView, describe
 
     if overwrite and resume:
         raise UserError("--overwrite deletes the earlier run and --resume goes on with it: choose one.")
     run = _load(config, overrides, name, seed, sandbox)
     folder = Path(run.runs_dir) / run.name
-    pipeline = _pipeline(run)
-    from ale.data.run_folder import summary_of
-
-    earlier = summary_of(folder) if resume else None
+    pipeline = load_pipeline(run)
+    earlier = pipeline.summary_of(folder) if resume else None
     with ProgressView() as view:
 
         async def interruptible() -> Summary:
@@ -113,12 +109,13 @@ def evaluate(
     sandbox: Sandbox = None,
 ) -> None:
     """Evaluate a model on the held-out tasks of a configuration."""
+    from ale.embedding import load_pipeline
     from ale.models.path import check_model_path
     from ale.progress_view import ProgressView, describe
 
     run = _load(config, overrides, None, seed, sandbox)
     path = check_model_path(model, field="--model")
-    pipeline = _pipeline(run)
+    pipeline = load_pipeline(run)
     with ProgressView() as view:
         summary = _run(pipeline.evaluate(run, str(path), report=view))
     print(f"held-out tasks:  {describe(summary.heldout)}")
@@ -244,24 +241,6 @@ def _load(
     options = {"name": name, "seed": seed, "sandbox.kind": sandbox}
     given = [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]
     return load(path, [*(overrides or ()), *given])
-
-
-def _pipeline(run: RunConfig) -> ModuleType:
-    """The pipeline. It loads torch, so what can be refused without it is refused first."""
-    from ale.models.path import check_model_path
-
-    if run.model.path != "nano":
-        check_model_path(run.model.path)
-    try:
-        from ale import pipeline
-    except ModuleNotFoundError as error:
-        if error.name not in _TRAIN_EXTRA:
-            raise
-        raise UserError(
-            f"{error.name} is not installed, which training needs: pip install torch==2.13.0, then "
-            "pip install 'ale[train]'."
-        ) from error
-    return pipeline
 
 
 @contextmanager

@@ -37,7 +37,7 @@ async def examine() -> AsyncIterator[Finding]:
     yield _machine()
     yield _memory()
     yield _disk()
-    for package in ("torch", "transformers", "tokenizers", "safetensors"):
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "tensorboardX"):
         yield _package(package)
     yield _gpu()
     async for finding in _sandbox():

@@ -5,7 +5,7 @@
     │   ├── ConfigError          a field of a configuration file is unknown, of the wrong type or contradicts another
     │   ├── TaskFormatError      a task directory misses a file or holds an invalid one
     │   ├── ModelError           a model path is missing, incomplete or does not fit its tokenizer
-    │   ├── RunFolderError       a run folder is in use, full, damaged, or that of another configuration
+    │   ├── RunFolderError       a run folder is missing, in use, full, damaged, or that of another configuration
     │   └── SandboxUnavailable   this machine cannot isolate processes the way the configuration asks
     ├── Interrupted          the run ended because it was asked to; its folder can be resumed
     ├── DeadlineExceeded     a wait ran into its deadline; the message names the wait

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -22,13 +22,13 @@ from ale.actors.ledger import Ledger
 from ale.actors.stop import Stop
 from ale.actors.trainer import Update
 from ale.agent.actions import render
+from ale.agent.episode import Judge
 from ale.config import RunConfig
 from ale.data.events import Recorded
-from ale.data.run_folder import RunFolder, versions
+from ale.data.run_folder import RunFolder, summary_of, versions
 from ale.data.task_stream import TaskStream
-from ale.envs.source import open_source
-from ale.errors import Interrupted
-from ale.messages import Trajectory
+from ale.envs.source import Source, open_source
+from ale.errors import ConfigError, Interrupted
 from ale.models.path import check_model_path
 from ale.progress import EvalSummary, Rate, Summary
 from ale.run import Report, Run
@@ -45,19 +45,25 @@ async def train(
     overwrite: bool = False,
     resume: bool = False,
     stop: Stop | None = None,
+    source: Source | None = None,
+    judge: Judge | None = None,
+    watch: Callable[[Update], Awaitable[None]] | None = None,
 ) -> Summary:
     """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder.
 
     `resume` goes on with what is in the folder: see docs/runs.md. Raises `UserError`, and `Interrupted` when `stop` was
-    requested and the run has come to a checkpoint.
+    requested and the run has come to a checkpoint. `source` and `judge` replace what the configuration names; `watch`
+    sees each update, recorded, before the next begins (`ale.open_run` is made of them).
     """
     tell = report or (lambda progress: None)
     with RunFolder(config, overwrite=overwrite, resume=resume) as folder:
-        done = folder.summary
+        done = summary_of(folder.path)
         if done is not None and done.updates == config.learner.updates:
             return done
         try:
-            return await _train(config, folder, stop or Stop(), tell)
+            return await _train(
+                config, folder, source or open_source(config.tasks, config.seed), judge, stop or Stop(), tell, watch
+            )
         except Interrupted as error:
             raise Interrupted(
                 f"The run was stopped after update {folder.books.updates}; nothing that had finished is lost. "
@@ -65,28 +71,36 @@ async def train(
             ) from error
 
 
-async def _train(config: RunConfig, folder: RunFolder, stop: Stop, tell: Report) -> Summary:
-    source = open_source(config.tasks, config.seed)
+async def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    source: Source,
+    judge: Judge | None,
+    stop: Stop,
+    tell: Report,
+    watch: Callable[[Update], Awaitable[None]] | None,
+) -> Summary:
     tasks = TaskStream(source.train)
     ledger = Ledger(folder.books, folder.journal.write)
     books, updates = ledger.books, config.learner.updates
     model = await _model_directory(config, tasks, folder.model)
     state = folder.checkpoint.learner if folder.checkpoint is not None else None
-    async with Run.open(config, model, stop) as run, run.learner_process(model, state) as learner:
+    opened = Run.open(config, model, make_env=source.make_env, judge=judge, stop=stop)
+    async with opened as run, run.learner_process(model, state) as learner:
 
         async def evaluate_once(name: str, update: int) -> tuple[Rate | None, Rate | None]:
             heldout = await run.evaluate_once(source.heldout, f"heldout_{name}", update, tell, folder, ledger)
             families = await run.evaluate_once(source.families, f"families_{name}", update, tell, folder, ledger)
             return heldout, families
 
-        def record(update: Update) -> None:
-            members = [t for g in update.batch.groups for t in g.trajectories]
-            for t in members:
+        def record(update: Update) -> dict[str, float]:
+            for t in update.trajectories:
                 folder.keep(t, update=update.number)
-            values = _values(update, members) | {"success": ledger.recent_success()} | run.load()
+            values = _values(update) | {"success": ledger.recent_success()} | run.load()
             folder.record(update=update.number, **values, ledger=msgspec.to_builtins(ledger.statistics()))
             ledger.book(Recorded(update=update.number, sizes=folder.sizes))
             tell(run.progress("train", update.number, updates, values))
+            return values
 
         async def at(number: int) -> None:
             """What is due after this update. A resumed run passes here again, and does what had not been done."""
@@ -99,8 +113,10 @@ async def _train(config: RunConfig, folder: RunFolder, stop: Stop, tell: Report)
                 await run.evaluate_once(source.heldout, name, number, tell, folder, ledger)
 
         async def after(update: Update) -> None:
-            record(update)
+            values = record(update)
             await at(update.number)
+            if watch is not None:
+                await stop.unless(watch(msgspec.structs.replace(update, values=values)))
 
         await run.catch_up(learner, ledger, tell)
         try:
@@ -116,8 +132,6 @@ async def _train(config: RunConfig, folder: RunFolder, stop: Stop, tell: Report)
         except Interrupted:
             await run.checkpoint(learner, folder, ledger)
             raise
-    assert before is not None
-    assert heldout_after is not None
     end = ledger.at_the_end()
     summary = Summary(
         name=config.name,
@@ -145,8 +159,11 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     began = time.monotonic()
     tell = report or (lambda progress: None)
     source = open_source(config.tasks, config.seed)
+    if not source.heldout:
+        raise ConfigError("tasks.heldout is 0: there is nothing to evaluate on.")
     model = check_model_path(model_path)
-    async with Run.open(config, model) as run, run.engine_process(model, learning=False):
+    opened = Run.open(config, model, make_env=source.make_env)
+    async with opened as run, run.engine_process(model, learning=False):
         heldout, _ = await run.evaluate(source.heldout, "heldout", tell)
         families = (await run.evaluate(source.families, "families", tell))[0] if source.families else None
     return EvalSummary(
@@ -172,7 +189,7 @@ async def _model_directory(config: RunConfig, tasks: Iterator[Task], target: Pat
         for task in corpus:
             texts += [
                 task.instruction,
-                *map(render, task.solution),
+                *(render(action, task.actions) for action in task.solution),
                 *(f.data.decode("utf-8", "replace") for f in task.files),
             ]
         unfinished = target.with_name(".model.new")
@@ -181,8 +198,8 @@ async def _model_directory(config: RunConfig, tasks: Iterator[Task], target: Pat
     return target
 
 
-def _values(update: Update, members: Sequence[Trajectory]) -> dict[str, float]:
-    m = update.metrics
+def _values(update: Update) -> dict[str, float]:
+    m, members = update.metrics, update.trajectories
     return m.values | {
         "batch_reward": sum(t.reward or 0.0 for t in members) / len(members),
         "loss": m.loss,

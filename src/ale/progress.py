@@ -42,13 +42,13 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """One training run: the content of `summary.json`. The families are None where the tasks have no unseen ones."""
+    """One training run: the content of `summary.json`. A rate is None where there were no such tasks to evaluate."""
 
     name: str
     seed: int
     updates: int
-    heldout_before: Rate
-    heldout_after: Rate
+    heldout_before: Rate | None
+    heldout_after: Rate | None
     heldout_families_before: Rate | None
     heldout_families_after: Rate | None
     wall_s: float

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -24,15 +24,15 @@ from ale.actors.slots import Slots
 from ale.actors.stop import Stop
 from ale.actors.trainer import Trainer, Update, redo
 from ale.agent.chat import Chat
-from ale.agent.episode import demonstrate
+from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
 from ale.data.events import Evaluated, TasksShown
 from ale.data.run_folder import RunFolder
 from ale.data.task_stream import TaskStream
-from ale.envs.env import Env
+from ale.envs.env import Env, MakeEnv
 from ale.envs.source import Source
-from ale.envs.terminal import TerminalEnv
+from ale.envs.terminal import ProgramEnv, TerminalEnv
 from ale.errors import ConfigError, LearnerError, RunFolderError
 from ale.learner.weights import create_memory
 from ale.messages import (
@@ -68,10 +68,12 @@ class Run:
     def __init__(
         self,
         config: RunConfig,
-        engine: SandboxEngine,
+        engine: SandboxEngine | None,
         bus: Bus,
         supervisor: Supervisor,
         chat: Chat,
+        make_env: MakeEnv | None,
+        judge: Judge | None,
         stop: Stop,
     ) -> None:
         self.config = config
@@ -83,21 +85,35 @@ class Run:
         self._weights = create_memory()
         self._slots = config.rollout.max_lag + 2
         self._loop_lag = LoopLag()
-        self._reward = Reward(engine, concurrency=_GRADERS, label=config.name)
+        self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
+        self._make_env = make_env or self._in_sandbox
+        self._judge = judge
         self._policy: EmbeddedPolicy | None = None
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: RunConfig, model: Path, stop: Stop | None = None) -> AsyncIterator[Run]:
-        """Raises `ModelError` when the model's chat template cannot say what the agent is told."""
+    async def open(
+        cls,
+        config: RunConfig,
+        model: Path,
+        *,
+        make_env: MakeEnv | None = None,
+        judge: Judge | None = None,
+        stop: Stop | None = None,
+    ) -> AsyncIterator[Run]:
+        """`make_env` and `judge` take the places of the sandbox and of the tasks' tests. Raises `ModelError` when the
+        model's chat template cannot say what the agent is told."""
         chat = Chat(load_tokenizer(model))
         chat.start("an instruction", config.agent.system_prompt)
         bus = Bus()
-        async with open_engine(config.sandbox.kind) as engine, Supervisor(bus) as supervisor:
-            run = cls(config, engine, bus, supervisor, chat, stop or Stop())
+        async with AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(open_engine(config.sandbox.kind)) if make_env is None else None
+            supervisor = await stack.enter_async_context(Supervisor(bus))
+            run = cls(config, engine, bus, supervisor, chat, make_env, judge, stop or Stop())
             try:
                 await supervisor.start(run._loop_lag)
-                await supervisor.start(run._reward)
+                if run._reward is not None:
+                    await supervisor.start(run._reward)
                 yield run
             finally:
                 os.close(run._weights)
@@ -115,7 +131,12 @@ class Run:
         async with open_embedded(settings) as policy:
             self._policy = policy
             manager = EnvManager(
-                policy, self._environment, self._chat, self.config.agent, concurrency=self.config.rollout.concurrency
+                policy,
+                self._make_env,
+                self._chat,
+                self.config.agent,
+                concurrency=self.config.rollout.concurrency,
+                judge=self._judge,
             )
             await self._supervisor.start(manager)
             try:
@@ -268,7 +289,7 @@ class Run:
         """How busy the machine is, for the record of an update."""
         return {
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
-            "sandboxes_alive": float(self._engine.statistics().alive),
+            "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
         }
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
@@ -276,12 +297,15 @@ class Run:
         waits = tuple(f"{w.who}: {w.what}" for w in islice(busy, 3))
         return Progress(phase=phase, step=step, total=total, values=values, waits=waits)
 
-    def _environment(self, task: Task) -> Env:
-        c = self.config
-        return TerminalEnv(
+    def _in_sandbox(self, task: Task) -> Env:
+        c, engine, reward = self.config, self._engine, self._reward
+        assert engine is not None
+        assert reward is not None
+        env = ProgramEnv if task.actions == "python" else TerminalEnv
+        return env(
             msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
-            self._engine,
-            lambda task, snapshot: self._reward.ask(self._bus, task, snapshot),
+            engine,
+            lambda task, snapshot: reward.ask(self._bus, task, snapshot),
             pids=c.sandbox.pids,
             max_output_chars=c.agent.max_output_chars,
             command_timeout_s=c.agent.command_timeout_s,
@@ -298,7 +322,7 @@ class Run:
         async def one(task: Task) -> Demonstration:
             nonlocal done
             async with room:
-                shown = await demonstrate(task, self._environment, self._chat, self.config.agent)
+                shown = await demonstrate(task, self._make_env, self._chat, self.config.agent, self._judge)
             done += 1
             tell(self.progress("warm_start", 0, c.steps, {"demonstrations": done}))
             return shown

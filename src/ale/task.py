@@ -23,6 +23,9 @@ TESTS_DIR = "/tests"
 REWARD_FILE = "/logs/verifier/reward.txt"
 
 Split = Literal["train", "heldout", "families", "user"]
+Actions = Literal["bash", "text", "python"]
+"""How a turn is read (`ale.agent.actions`): "bash", a command in a fence, or without one the final answer; "text", the
+whole turn is the action; "python", the code in it is."""
 
 
 class TaskFile(msgspec.Struct, frozen=True, array_like=True):
@@ -41,6 +44,8 @@ class Task(Message, frozen=True):
     files: tuple[TaskFile, ...]
     tests: tuple[TaskFile, ...]
     solution: tuple[str, ...] = ()
+    """The actions of a reference solution, before they are rendered as turns."""
+    actions: Actions = "bash"
     family: str = "user"
     level: int = 1
     seed: int = 0

@@ -19,7 +19,7 @@ from ale.config import RunConfig
 from ale.data.books import Trained
 from ale.data.events import Updated
 from ale.errors import LearnerError
-from ale.messages import Batch, Group, Sample, StepMetrics, TakeBatch, TrainStep
+from ale.messages import Batch, Group, Sample, StepMetrics, TakeBatch, TrainStep, Trajectory
 from ale.policy.port import Policy
 from ale.wire import Reply, Request
 
@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
-    """`Update(number=3, batch=Batch(...), metrics=StepMetrics(...), lag=1, ...)`: one turn of the clock."""
+    """`Update(number=3, batch=Batch(...), metrics=StepMetrics(...), lag=1, ...)`: one turn of the clock.
+
+    `values` is the line of metrics.jsonl, once the pipeline has written it.
+    """
 
     number: int
     batch: Batch
@@ -36,6 +39,12 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: float
     step_s: float
     sync_s: float
+    values: dict[str, float] = {}
+
+    @property
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """What was trained on, group after group."""
+        return tuple(t for group in self.batch.groups for t in group.trajectories)
 
     @classmethod
     def of(cls, trained: Trained, sync_s: float = 0.0) -> Update:

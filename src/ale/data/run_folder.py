@@ -205,11 +205,6 @@ class RunFolder:
 
         await asyncio.to_thread(flush)
 
-    @property
-    def summary(self) -> Summary | None:
-        """What the run came to, if it has ended."""
-        return summary_of(self.path)
-
     def finish(self, summary: Summary) -> None:
         replace(self.path / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ale.config import TasksConfig
+from ale.envs.env import MakeEnv
 from ale.envs.families import make_splits
 from ale.envs.task_dir import load_tasks
 from ale.errors import ConfigError
@@ -16,11 +17,15 @@ from ale.task import Task
 
 
 class Source(msgspec.Struct, frozen=True):
-    """`heldout` and `families` are never drawn by `train`, an iterator that may be endless."""
+    """`heldout` and `families` are never drawn by `train`, an iterator that may be endless.
+
+    `make_env` makes the environments that the tasks are played in; None: sandboxes, as the tasks say.
+    """
 
     train: Iterator[Task]
     heldout: tuple[Task, ...]
     families: tuple[Task, ...] = ()
+    make_env: MakeEnv | None = None
 
 
 def open_source(config: TasksConfig, seed: int) -> Source:
@@ -33,11 +38,16 @@ def open_source(config: TasksConfig, seed: int) -> Source:
         raise ConfigError(
             f'tasks.source: there is no directory {directory}. Give a directory of task directories, or "procedural".'
         )
-    tasks = _distinct(load_tasks(directory))
+    return split(_distinct(load_tasks(directory)), config, seed, where=str(directory))
+
+
+def split(tasks: list[Task], config: TasksConfig, seed: int, *, where: str) -> Source:
+    """`config.heldout` of the tasks held out, the others for training. `where` they came from is named in errors."""
+    tasks = list(tasks)
     random.Random(config.seed).shuffle(tasks)
     if len(tasks) <= config.heldout:
         raise ConfigError(
-            f"tasks.heldout is {config.heldout}, but {directory} holds {len(tasks)} different tasks: "
+            f"tasks.heldout is {config.heldout}, but {where} holds {len(tasks)} different tasks: "
             "none would be left to train on."
         )
     heldout = tuple(msgspec.structs.replace(t, split="heldout") for t in tasks[: config.heldout])
