@@ -86,7 +86,8 @@ def train(
 
         async def interruptible() -> Summary:
             with _stop_on_signals(view, folder) as stop:
-                return await pipeline.train(run, report=view, overwrite=overwrite, resume=resume, stop=stop)
+                summary: Summary = await pipeline.train(run, report=view, overwrite=overwrite, resume=resume, stop=stop)
+                return summary
 
         summary = _run(interruptible())
     if summary == earlier:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -47,7 +48,7 @@ async def train(
     stop: Stop | None = None,
     source: Source | None = None,
     judge: Judge | None = None,
-    watch: Callable[[Update], Awaitable[None]] | None = None,
+    watch: Callable[[Update], Coroutine[Any, Any, None]] | None = None,
 ) -> Summary:
     """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder.
 
@@ -78,7 +79,7 @@ async def _train(
     judge: Judge | None,
     stop: Stop,
     tell: Report,
-    watch: Callable[[Update], Awaitable[None]] | None,
+    watch: Callable[[Update], Coroutine[Any, Any, None]] | None,
 ) -> Summary:
     tasks = TaskStream(source.train)
     ledger = Ledger(folder.books, folder.journal.write)

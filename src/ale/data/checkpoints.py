@@ -68,7 +68,7 @@ class Checkpoints:
         try:
             (directory / "books.msgpack").write_bytes(saved)
             files = sorted(directory.iterdir())
-            (directory / _SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files))
+            (directory / _SUMS).write_text("".join(f"{_sum_of(file)}\n" for file in files))
             for path in (*directory.iterdir(), directory):
                 sync(path)
             directory.rename(target)
@@ -92,9 +92,9 @@ class Checkpoints:
             else "There is no older one: put the file back as it was, or start the run anew with --overwrite."
         )
         try:
-            sums = dict(reversed(line.split(maxsplit=1)) for line in (path / _SUMS).read_text().splitlines())
+            sums = (path / _SUMS).read_text().splitlines()
             for name in ("books.msgpack", "learner.safetensors"):
-                if _sha256(path / name) != sums.get(name):
+                if _sum_of(path / name) not in sums:
                     raise RunFolderError(
                         f"The checkpoint file {path / name} is damaged: its checksum does not agree. {cure}"
                     )
@@ -114,6 +114,6 @@ def freeze(books: Books, journal: int) -> bytes:
     return msgspec.msgpack.encode(_Saved(journal, books))
 
 
-def _sha256(path: Path) -> str:
+def _sum_of(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}"

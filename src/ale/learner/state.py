@@ -14,8 +14,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ale.errors import LearnerError
@@ -40,29 +40,27 @@ def save_state(learner: Learner, path: Path) -> None:
 def load_state(learner: Learner, path: Path) -> None:
     """Puts the learner where it was. Raises `LearnerError` when the file is not of this model or this ring."""
     try:
-        file = safe_open(path, framework="pt")
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise LearnerError(f"the state in {path} cannot be read: {error}") from error
-    with file:
-        names = set(file.keys())
-        version, steps = file.get_tensor("counters").tolist()
-        parameters = dict(learner.model.named_parameters())
-        wanted = {f"model/{name}" for name in parameters}
-        if wanted != {name for name in names if name.startswith("model/")}:
-            raise LearnerError(f"the state in {path} is that of another model")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(f"model/{name}"))
+    parameters = dict(learner.model.named_parameters())
+    weights = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+    if {name: t.shape for name, t in weights.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise LearnerError(f"the state in {path} is that of another model than the run began with")
+    with torch.no_grad():
         for name, parameter in parameters.items():
-            prefix = f"optimizer/{name}/"
-            kept = {key.removeprefix(prefix): file.get_tensor(key) for key in names if key.startswith(prefix)}
-            if kept:
-                learner.optimizer.state[parameter] = kept
-        learner.go_on_at(version, steps)
-        for earlier in _earlier(learner):
-            for name, view in learner.ring.views(learner.ring.slot_of(earlier)).items():
-                view.copy_(file.get_tensor(f"ring/{earlier}/{name}"))
-        torch.set_rng_state(file.get_tensor("random"))
+            parameter.copy_(weights[name])
+    for name, parameter in parameters.items():
+        prefix = f"optimizer/{name}/"
+        kept = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        if kept:
+            learner.optimizer.state[parameter] = kept
+    version, steps = tensors["counters"].tolist()
+    learner.go_on_at(version, steps)
+    for earlier in _earlier(learner):
+        for name, view in learner.ring.views(learner.ring.slot_of(earlier)).items():
+            view.copy_(tensors[f"ring/{earlier}/{name}"])
+    torch.set_rng_state(tensors["random"])
 
 
 def _earlier(learner: Learner) -> range:
