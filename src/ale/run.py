@@ -58,6 +58,9 @@ Report = Callable[[Progress], None]
 _OPEN_DEADLINE_S = 300.0
 _GRADERS = 4
 _WARM_UP_STEPS = 20
+# How often, and on how many training tasks, the warm start looks whether `stop_at` is reached.
+_CHECK_EVERY = 25
+_CHECK_TASKS = 64
 # Tasks looked at for each demonstration wanted, before the stream is said to lack them.
 _LOOK_AT_MOST = 50
 
@@ -196,25 +199,37 @@ class Run:
         if c.steps:
             if books.demonstrations is None:
                 shown = await self.stop.unless(self._demonstrations(tasks, tell))
-                ledger.book(TasksShown(drawn=tasks.drawn, demonstrations=tuple(shown)))
+                looked_at = tuple(islice(tasks, _CHECK_TASKS)) if c.stop_at else ()
+                ledger.book(TasksShown(drawn=tasks.drawn, demonstrations=tuple(shown), looked_at=len(looked_at)))
+            else:
+                await asyncio.to_thread(tasks.go_to, books.drawn - books.looked_at, {})
+                looked_at = tuple(islice(tasks, books.looked_at))
             demonstrations = books.demonstrations or ()
             rng, order = random.Random(self.config.seed), list[Demonstration]()
             for step in range(1, c.steps + 1):
                 if len(order) < c.batch:
                     order = rng.sample(demonstrations, len(demonstrations))
                 batch = tuple(order.pop() for _ in range(min(c.batch, len(order))))
-                if step <= books.warm_steps:
+                if step < books.warm_steps:
                     continue
-                self.stop.check()
-                rate = c.learning_rate * min(1.0, step / _WARM_UP_STEPS)
-                request = Imitate(demonstrations=batch, learning_rate=rate)
-                metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
-                books.warm_steps = step
-                tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
-                if step == c.steps or (c.eval_every and step % c.eval_every == 0):
-                    await self.policy.load_weights(metrics.version, metrics.slot)
-                if c.eval_every and step % c.eval_every == 0:
+                check = c.stop_at > 0 and step % _CHECK_EVERY == 0
+                evaluation = c.eval_every > 0 and step % c.eval_every == 0
+                if step > books.warm_steps:
+                    self.stop.check()
+                    rate = c.learning_rate * min(1.0, step / _WARM_UP_STEPS)
+                    request = Imitate(demonstrations=batch, learning_rate=rate, weight_decay=c.weight_decay)
+                    metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
+                    books.warm_steps = step
+                    tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
+                    if check or evaluation or step == c.steps:
+                        await self.policy.load_weights(metrics.version, metrics.slot)
+                if evaluation:
                     await self.evaluate_once(source.heldout, f"warm_start_{step}", 0, tell, folder, ledger)
+                if check:
+                    name = f"warm_start_check_{step}"
+                    seen = await self.evaluate_once(looked_at, name, 0, tell, folder, ledger)
+                    if seen is not None and seen.success >= c.stop_at:
+                        break
         await learner.ask(StartPolicyOptimization(), deadline_s=self.config.learner.step_deadline_s)
         books.warm, books.demonstrations = True, ()
         await self.checkpoint(learner, folder, ledger)

@@ -146,9 +146,7 @@ def test_an_update_of_which_nothing_is_left_publishes_the_weights_as_they_are(ma
     learner.learn(batch(learner, 0, 0))
     before = state(learner)
     nan = Array.of([float("nan")] * 10, "float32")
-    lost = [
-        Sample(_replace(sample.trajectory, logp_A=nan), sample.advantage) for sample in batch(learner, 1, 1)
-    ]
+    lost = [Sample(_replace(sample.trajectory, logp_A=nan), sample.advantage) for sample in batch(learner, 1, 1)]
     metrics = learner.learn(lost)
     assert metrics.version == learner.version == 2
     assert set(metrics.dropped) == {"g1/0", "g1/1"}

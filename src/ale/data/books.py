@@ -67,6 +67,8 @@ class Books(msgspec.Struct, kw_only=True):
     """Tasks taken off the stream: its cursor."""
     demonstrations: tuple[Demonstration, ...] | None = None
     """None before they are made, empty when the warm start is over."""
+    looked_at: int = 0
+    """How many of the tasks that were drawn last tell the warm start when to end."""
     warm_steps: int = 0
     """Supervised updates in the weights of the last checkpoint."""
     warm: bool = False
@@ -106,8 +108,8 @@ class Books(msgspec.Struct, kw_only=True):
     def apply(self, event: Event) -> None:
         """Raises `ValueError` or `KeyError` for a move that is not allowed, and then changes nothing."""
         match event:
-            case TasksShown(drawn=drawn, demonstrations=demonstrations):
-                self.drawn, self.demonstrations = drawn, demonstrations
+            case TasksShown(drawn=drawn, demonstrations=demonstrations, looked_at=looked_at):
+                self.drawn, self.demonstrations, self.looked_at = drawn, demonstrations, looked_at
             case GroupOpened(group=name, task=task, drawn=drawn):
                 if name in self.groups or drawn <= self.drawn:
                     raise ValueError(f"group {name} of task {drawn} was opened already; the stream is at {self.drawn}")

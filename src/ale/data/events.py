@@ -31,10 +31,12 @@ class Exchange(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TasksShown(_Event, frozen=True):
-    """`TasksShown(drawn=412, demonstrations=(...))`: demonstrations of tasks up to the 412th of the stream."""
+    """`TasksShown(drawn=476, demonstrations=(...), looked_at=64)`: demonstrations of tasks of the stream, and how many
+    tasks were drawn after them, up to the 476th, for the warm start to look at."""
 
     drawn: int
     demonstrations: tuple[Demonstration, ...]
+    looked_at: int = 0
 
 
 class GroupOpened(_Event, frozen=True):
