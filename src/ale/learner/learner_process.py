@@ -50,8 +50,8 @@ class LearnerService:
         match request:
             case TrainStep(samples=samples):
                 return learner.learn(samples)
-            case Imitate(demonstrations=demonstrations, learning_rate=learning_rate):
-                return learner.imitate(demonstrations, learning_rate)
+            case Imitate():
+                return learner.imitate(request.demonstrations, request.learning_rate, request.weight_decay)
             case StartPolicyOptimization():
                 learner.start_policy_optimization()
                 return None
@@ -72,27 +72,7 @@ def _saved(save: Callable[[Path], None], path: str) -> Saved:
     return Saved()
 
 
-<<<<<<< HEAD
 def _open(settings: OpenLearner) -> tuple[LearnerService, Opened]:
-=======
-def _handle(learner: Learner, request: object) -> msgspec.Struct | None:
-    match request:
-        case TrainStep(samples=samples):
-            return learner.learn(samples)
-        case Imitate():
-            return learner.imitate(request.demonstrations, request.learning_rate, request.weight_decay)
-        case StartPolicyOptimization():
-            learner.start_policy_optimization()
-            return None
-        case SaveCheckpoint(path=path):
-            learner.save(Path(path))
-            return None
-        case _:
-            raise LearnerError(f"the learner does not understand {type(request).__name__}")
-
-
-def _open(settings: OpenLearner) -> Learner:
->>>>>>> main
     torch.set_num_threads(settings.threads)
     model = load_model(settings.model)
     ring = WeightRing(settings.weights_fd, Layout.of(model, settings.slots))
