@@ -60,7 +60,7 @@ async def examine() -> AsyncIterator[Finding]:
     yield _cpu()
     yield _memory()
     yield _disk()
-    for package in ("torch", "transformers", "tokenizers", "safetensors"):
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "tensorboardX"):
         yield _package(package)
     yield _gpu()
     yield _optional("matplotlib", "only ale plot needs it: pip install 'ale[plot]'")

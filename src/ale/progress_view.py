@@ -21,7 +21,7 @@ from ale.progress import Phase, Progress, Rate
 
 # A log that no terminal redraws gets a line this often, and one at each end of a phase.
 PLAIN_INTERVAL_S = 10.0
-_NAMES: dict[Phase, str] = {"warm_start": "warm start", "evaluate": "evaluate", "train": "train"}
+_NAMES: dict[Phase, str] = {"warm_start": "warm start", "evaluate": "evaluate", "train": "train", "resume": "resume"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _HISTORY = 60
 _BAR = 20

@@ -71,22 +71,35 @@ class Learner:
         self._moe = settings.router_loss > 0 and is_moe(model)
         self._supervised = _supervised
         self.optimizer = self._new_optimizer()
-        self._steps = 0
+        self.steps = 0
         self.slot = ring.publish(0, model)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
+        """Weight decay draws matrices towards zero; gains and biases, which have one axis, are left alone."""
         s = self.settings
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
         return torch.optim.AdamW(
-            self.model.parameters(), lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay
+            [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=s.learning_rate,
+            betas=(s.beta1, s.beta2),
         )
 
     def start_policy_optimization(self) -> None:
         """Forgets the optimizer state of the warm start: its moments belong to another objective."""
         self.optimizer = self._new_optimizer()
-        self._steps = 0
+        self.steps = 0
 
-    def imitate(self, demonstrations: Sequence[Demonstration], learning_rate: float) -> StepMetrics:
+    def go_on_at(self, version: int, steps: int) -> None:
+        """The weights have been put back to those of `version`, the optimizer to where it was after `steps` steps."""
+        self.version, self.steps = version, steps
+        self.slot = self.ring.publish(version, self.model)
+
+    def imitate(
+        self, demonstrations: Sequence[Demonstration], learning_rate: float, weight_decay: float = 0.0
+    ) -> StepMetrics:
         """One supervised update (eq. 1, 2): error and task masks decide which chunks carry loss."""
+        self.optimizer.param_groups[0]["weight_decay"] = weight_decay
         batches = split(
             [d.tokens_T for d in demonstrations], [d.chunks for d in demonstrations], self.settings.micro_tokens
         )
@@ -110,6 +123,11 @@ class Learner:
             if s.trajectory.id in old_N and not bool(torch.isfinite(old_N[s.trajectory.id]).all()):
                 dropped[s.trajectory.id] = Reason.LOGP_NOT_FINITE
         kept = [s for s in samples if s.trajectory.id not in dropped]
+        if not kept:  # the clock of versions goes on; weights, optimizer and schedule stand still
+            nothing = StepMetrics(
+                version=self.version, slot=self.slot, loss=0.0, grad_norm=0.0, values={}, dropped=dropped
+            )
+            return self._publish(nothing)
         old_s = time.perf_counter() - started
         batches = split(
             [s.trajectory.tokens_T for s in kept], [s.trajectory.chunks for s in kept], self.settings.micro_tokens
@@ -147,7 +165,7 @@ class Learner:
         self.tokenizer.save_pretrained(path)
 
     def _learning_rate(self) -> float:
-        return self.settings.learning_rate * min(1.0, (self._steps + 1) / (self.settings.warmup_steps + 1))
+        return self.settings.learning_rate * min(1.0, (self.steps + 1) / (self.settings.warmup_steps + 1))
 
     def _update(
         self,
@@ -185,7 +203,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise LearnerError(f"the gradient norm of update {self.version + 1} is {norm}: no weight was changed")
         self.optimizer.step()
-        self._steps += 1
+        self.steps += 1
         values = {
             "update_s": time.perf_counter() - started,
             "tokens": float(tokens),
