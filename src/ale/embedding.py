@@ -29,7 +29,7 @@ from ale.task import Task
 if TYPE_CHECKING:
     from ale.actors.trainer import Update
 
-_TRAIN_EXTRA = {"torch", "transformers", "tokenizers", "safetensors"}
+_TRAIN_EXTRA = {"torch", "transformers", "tokenizers", "safetensors", "tensorboardX"}
 
 
 class Training:

@@ -257,8 +257,20 @@ class Imitate(Request[StepMetrics], frozen=True):
     weight_decay: float = 0.0
 
 
-class SaveCheckpoint(Request[None], frozen=True):
-    """`SaveCheckpoint(path="runs/a/checkpoints/4")`: a Hugging Face directory with model and tokenizer."""
+class Saved(Message, frozen=True):
+    """`Saved()`, or `Saved(problem="No space left on device (os error 28)")`: what the disk said."""
+
+    problem: str | None = None
+
+
+class SaveModel(Request[Saved], frozen=True):
+    """`SaveModel(path="runs/a/checkpoints/4")`: a Hugging Face directory with model and tokenizer."""
+
+    path: str
+
+
+class SaveState(Request[Saved], frozen=True):
+    """`SaveState(path="runs/a/state/2/learner.safetensors")`: all that the learner needs to go on from here."""
 
     path: str
 
@@ -284,7 +296,10 @@ class OpenEngine(Request[Opened], frozen=True):
 
 
 class OpenLearner(Request[Opened], frozen=True):
-    """`OpenLearner(model="runs/a/model", weights_fd=7, slots=3, threads=1, algorithm=..., ...)`."""
+    """`OpenLearner(model="runs/a/model", weights_fd=7, slots=3, threads=1, algorithm=..., ...)`.
+
+    `state` is what `SaveState` wrote, in the life of the run that is resumed.
+    """
 
     model: str
     weights_fd: int
@@ -293,6 +308,7 @@ class OpenLearner(Request[Opened], frozen=True):
     algorithm: AlgorithmConfig
     learner: LearnerConfig
     temperature: float
+    state: str | None = None
 
 
 class StartPolicyOptimization(Request[None], frozen=True):

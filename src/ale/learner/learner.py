@@ -73,7 +73,7 @@ class Learner:
         self._moe = settings.router_loss > 0 and is_moe(model)
         self._supervised = _supervised
         self.optimizer = self._new_optimizer()
-        self._steps = 0
+        self.steps = 0
         self.slot = ring.publish(0, model)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
@@ -90,7 +90,12 @@ class Learner:
     def start_policy_optimization(self) -> None:
         """Forgets the optimizer state of the warm start: its moments belong to another objective."""
         self.optimizer = self._new_optimizer()
-        self._steps = 0
+        self.steps = 0
+
+    def go_on_at(self, version: int, steps: int) -> None:
+        """The weights have been put back to those of `version`, the optimizer to where it was after `steps` steps."""
+        self.version, self.steps = version, steps
+        self.slot = self.ring.publish(version, self.model)
 
     def imitate(
         self, demonstrations: Sequence[Demonstration], learning_rate: float, weight_decay: float = 0.0
@@ -120,6 +125,11 @@ class Learner:
             if s.trajectory.id in old_N and not bool(torch.isfinite(old_N[s.trajectory.id]).all()):
                 dropped[s.trajectory.id] = Reason.LOGP_NOT_FINITE
         kept = [s for s in samples if s.trajectory.id not in dropped]
+        if not kept:  # the clock of versions goes on; weights, optimizer and schedule stand still
+            nothing = StepMetrics(
+                version=self.version, slot=self.slot, loss=0.0, grad_norm=0.0, values={}, dropped=dropped
+            )
+            return self._publish(nothing)
         old_s = time.perf_counter() - started
         batches = split(
             [s.trajectory.tokens_T for s in kept], [s.trajectory.chunks for s in kept], self.settings.micro_tokens
@@ -158,8 +168,8 @@ class Learner:
 
     def _learning_rate(self) -> float:
         s = self.settings
-        rise = min(1.0, (self._steps + 1) / (s.warmup_steps + 1))
-        fall = max(0.0, 1.0 - self._steps / s.decay_steps) if s.decay_steps else 1.0
+        rise = min(1.0, (self.steps + 1) / (s.warmup_steps + 1))
+        fall = max(0.0, 1.0 - self.steps / s.decay_steps) if s.decay_steps else 1.0
         return s.learning_rate * rise * fall
 
     def _update(
@@ -198,7 +208,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise LearnerError(f"the gradient norm of update {self.version + 1} is {norm}: no weight was changed")
         self.optimizer.step()
-        self._steps += 1
+        self.steps += 1
         values = {
             "update_s": time.perf_counter() - started,
             "tokens": float(tokens),
