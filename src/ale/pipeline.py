@@ -57,14 +57,13 @@ async def train(
     sees each update, recorded, before the next begins (`ale.open_run` is made of them).
     """
     tell = report or (lambda progress: None)
+    source = source or open_source(config.tasks, config.seed)  # what is wrong there makes no folder
     with RunFolder(config, overwrite=overwrite, resume=resume) as folder:
         done = summary_of(folder.path)
         if done is not None and done.updates == config.learner.updates:
             return done
         try:
-            return await _train(
-                config, folder, source or open_source(config.tasks, config.seed), judge, stop or Stop(), tell, watch
-            )
+            return await _train(config, folder, source, judge, stop or Stop(), tell, watch)
         except Interrupted as error:
             raise Interrupted(
                 f"The run was stopped after update {folder.books.updates}; nothing that had finished is lost. "
