@@ -35,9 +35,9 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
     evaluation: str | None = None
     limit: int | None = None
 
-    def __call__(self, entry: Entry) -> bool:
+    def __call__(self, entry: Entry, solved: bool) -> bool:
         return (
-            self.solved in (None, entry.solved)
+            self.solved in (None, solved)
             and self.family in (None, entry.family)
             and self.update in (None, entry.update)
             and self.evaluation in (None, entry.evaluation)
@@ -118,7 +118,7 @@ class TrajectoryView(msgspec.Struct, frozen=True, kw_only=True):
 
 def overview(log: RunLog, which: Filter) -> Overview:
     entries = list(log.entries())
-    matching = [entry for entry in entries if which(entry)]
+    matching = [entry for entry in entries if which(entry, log.solved(entry))]
     last = {k: v for k, v in log.updates[-1].items() if k != "ledger"} if log.updates else {}
     return Overview(
         name=log.name,

@@ -47,7 +47,7 @@ def test_what_a_run_wrote_is_read_back(run: Path) -> None:
     assert [line["success"] for line in log.updates] == [0.25, 0.5]
     assert [line["evaluation"] for line in log.evaluations] == ["heldout_before"]
     entries = list(log.entries())
-    assert [(e.id, e.update, e.evaluation, e.solved) for e in entries] == [
+    assert [(e.id, e.update, e.evaluation, log.solved(e)) for e in entries] == [
         ("heldout_before/t-9/0", None, "heldout_before", False),
         ("g1/0", 1, None, True),
         ("g1/1", 1, None, False),
@@ -81,7 +81,7 @@ def test_a_run_is_found_by_its_path_and_by_its_name(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("aa", "did you mean a?"), ("nothing-like-it", "there are: a."), ("a/b", "did you mean a?")]
+    ("name", "hint"), [("aa", "did you mean a?"), ("nothing-like-it", "there are: a."), ("elsewhere/aa", "did you mean a?")]
 )
 def test_an_unknown_run_is_answered_with_the_nearest_or_with_all(run: Path, name: str, hint: str) -> None:
     with pytest.raises(RunFolderError, match=f"There is no run {name}") as error:

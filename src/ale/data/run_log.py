@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ale.config import RunConfig
+from ale.config import EvalConfig, RunConfig
 from ale.errors import RunFolderError
 from ale.messages import Chunk, Status, ToolResult
 
@@ -35,10 +35,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     update: int | None = None
     evaluation: str | None = None
-
-    @property
-    def solved(self) -> bool:
-        return self.status == "scored" and (self.reward or 0.0) > 0
 
     @property
     def action_tokens(self) -> int:
@@ -81,7 +77,7 @@ class RunLog:
             if (path / "config.json").is_file():
                 return cls(path)
         known = sorted(path.parent.name for path in runs_dir.glob("*/config.json"))
-        near = difflib.get_close_matches(str(run), known, n=1)
+        near = difflib.get_close_matches(Path(run).name, known, n=1)
         if near:
             hint = f"did you mean {near[0]}?"
         elif known:
@@ -93,6 +89,10 @@ class RunLog:
     @property
     def name(self) -> str:
         return str(self.config.get("name", self.path.name))
+
+    def solved(self, entry: Entry) -> bool:
+        """As the run itself counted it."""
+        return entry.status == "scored" and EvalConfig(solved_at=self.setting("eval.solved_at")).solved(entry.reward)
 
     def setting(self, field: str) -> Any:
         """`setting("algorithm.gamma")`: as configured, or today's default where the run did not know the field."""
