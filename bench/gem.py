@@ -3,8 +3,8 @@
     python -m bench.gem [SECTION.FIELD=VALUE ...]
 
 Checked first: at least ten updates, each with a group of mixed rewards and a gradient. Row `success`: held-out success
-after IPA, the baseline the success before it in the same run, `spread` its 95% interval. Rows `wait`, `step`, `sync`: seconds
-of an update by phase, the median: waiting for a batch, the learner, new weights becoming live.
+after IPA, the baseline the success before it in the same run, `spread` its 95% interval. Rows `wait`, `step`, `sync`:
+seconds of an update by phase, the median: waiting for a batch, the learner, new weights becoming live.
 """
 
 from __future__ import annotations
