@@ -85,6 +85,7 @@ def _open(settings: OpenLearner) -> tuple[LearnerService, Opened]:
         LearnerSettings(
             learning_rate=c.learning_rate,
             warmup_steps=c.warmup_steps,
+            decay_steps=c.updates * c.epochs if c.schedule == "linear" else 0,
             beta1=c.beta1,
             beta2=c.beta2,
             weight_decay=c.weight_decay,
