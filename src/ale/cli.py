@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the run, or a part of `ale`, failed; 2 something the user 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ import ale
 from ale.errors import AleError, Interrupted, TaskFormatError, UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ale.actors.stop import Stop
     from ale.config import RunConfig
     from ale.progress import Summary
@@ -44,6 +47,7 @@ Config = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Overrides a field; repeatable.")
 ]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one in runs/.")]
 Name = Annotated[str | None, typer.Option(help="Name of the run and of its folder.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
 Sandbox = Annotated[
@@ -125,16 +129,66 @@ def evaluate(
 
 
 @app.command()
+def show(
+    run: RunArgument,
+    trajectory: Annotated[
+        str | None, typer.Argument(metavar="[TRAJECTORY]", help="The id of one trajectory, as the list has it.")
+    ] = None,
+    solved: Annotated[
+        bool | None, typer.Option("--solved/--failed", help="List only what has a positive reward, or what has not.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="List only this family of tasks.")] = None,
+    update: Annotated[int | None, typer.Option(help="List only what this update was trained on.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="List only this evaluation, such as heldout_after.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="List at most so many; 0: all.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Say what a run is and how it went, or, with a TRAJECTORY, show one episode turn by turn."""
+    import msgspec
+
+    from ale import show as views
+    from ale.data.run_log import RunLog
+
+    log = RunLog.open(run)
+    if trajectory is not None:
+        view = views.trajectory_view(log, trajectory)
+        if as_json:
+            _console().out(msgspec.json.encode(view).decode(), highlight=False)
+        else:
+            views.print_trajectory(view, _console())
+        return
+    which = views.Filter(solved=solved, family=family, update=update, evaluation=evaluation, limit=limit or None)
+    seen = views.overview(log, which)
+    if as_json:
+        _console().out(msgspec.json.encode(seen).decode(), highlight=False)
+    else:
+        views.print_overview(seen, _console())
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in runs/.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="The picture to write.")] = Path("plot.png"),
+) -> None:
+    """Draw success, gradient norm, lag, throughput and update phases of runs, one over the other."""
+    from ale import plot as drawing
+    from ale.data.run_log import RunLog
+
+    drawing.plot([RunLog.open(run) for run in runs], out)
+    print(f"wrote {out}")
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine offers, what is missing and what to do. Exit code 0 when `ale train` can run."""
 
     async def report() -> bool:
-        from ale.doctor import examine
+        from ale.doctor import examine, line
 
-        well = True
+        well, console = True, _console()
         async for finding in examine():
             well &= finding.level != "fail"
-            print(f"{finding.level:<5} {finding.subject:<14} {finding.said}", flush=True)
+            console.print(line(finding, console.width if console.is_terminal else None), soft_wrap=True)
         return well
 
     if not _run(report()):
@@ -214,6 +268,8 @@ def tasks_check(
 
 def main() -> None:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character gets its number
     try:
         app()
     except UserError as error:
@@ -232,6 +288,12 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _console() -> Console:
+    from ale.progress_view import quiet_console
+
+    return quiet_console()
 
 
 def _load(

@@ -88,6 +88,7 @@ async def _train(
     state = folder.checkpoint.learner if folder.checkpoint is not None else None
     opened = Run.open(config, model, make_env=source.make_env, judge=judge, stop=stop)
     async with opened as run, run.learner_process(model, state) as learner:
+        run.follow(tell)
 
         async def evaluate_once(name: str, update: int) -> tuple[Rate | None, Rate | None]:
             heldout = await run.evaluate_once(source.heldout, f"heldout_{name}", update, tell, folder, ledger)
@@ -97,8 +98,10 @@ async def _train(
         def record(update: Update) -> dict[str, float]:
             for t in update.trajectories:
                 folder.keep(t, update=update.number)
-            values = _values(update) | {"success": ledger.recent_success()} | run.load()
-            folder.record(update=update.number, **values, ledger=msgspec.to_builtins(ledger.statistics()))
+            seen = ledger.statistics()
+            ended = {"success": ledger.recent_success(), "episodes": float(seen.started - seen.running)}
+            values = _values(update) | ended | run.load()
+            folder.record(update=update.number, **values, ledger=msgspec.to_builtins(seen))
             ledger.book(Recorded(update=update.number, sizes=folder.sizes))
             tell(run.progress("train", update.number, updates, values))
             return values
@@ -165,6 +168,7 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     model = check_model_path(model_path)
     opened = Run.open(config, model, make_env=source.make_env)
     async with opened as run, run.engine_process(model, learning=False):
+        run.follow(tell)
         heldout, _ = await run.evaluate(source.heldout, "heldout", tell)
         families = (await run.evaluate(source.families, "families", tell))[0] if source.families else None
     return EvalSummary(

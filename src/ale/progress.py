@@ -10,9 +10,10 @@ Phase = Literal["warm_start", "evaluate", "train", "resume"]
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """`Progress(phase="train", step=12, total=100, values={"success": 0.61}, waits=("trainer: a batch",))`.
+    """`Progress(phase="train", step=12, total=100, values={"success": 0.61}, waits=("trainer: a batch (3 s)",))`.
 
-    `waits` names what the run is waiting for right now, so that a run that stands still says why.
+    Told at each step, and every second in between. `waits` names what the run is waiting for right now, so that a run
+    that stands still says why.
     """
 
     phase: Phase

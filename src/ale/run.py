@@ -35,6 +35,7 @@ from ale.envs.source import Source
 from ale.envs.terminal import ProgramEnv, TerminalEnv
 from ale.errors import ConfigError, LearnerError, RunFolderError
 from ale.learner.weights import create_memory
+from ale.mailbox import Wait
 from ale.messages import (
     Demonstration,
     Imitate,
@@ -58,6 +59,8 @@ Report = Callable[[Progress], None]
 _OPEN_DEADLINE_S = 300.0
 _GRADERS = 4
 _WARM_UP_STEPS = 20
+_BEAT_S = 1.0
+_SHOWN_WAITS = 6
 # How often, and on how many training tasks, the warm start looks whether `stop_at` is reached.
 _CHECK_EVERY = 25
 _CHECK_TASKS = 64
@@ -92,6 +95,7 @@ class Run:
         self._make_env = make_env or self._in_sandbox
         self._judge = judge
         self._policy: EmbeddedPolicy | None = None
+        self._last: Progress | None = None
 
     @classmethod
     @asynccontextmanager
@@ -308,9 +312,21 @@ class Run:
         }
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
-        busy = (w for w in self._bus.waits() if not w.what.startswith("a message in the inbox"))
-        waits = tuple(f"{w.who}: {w.what}" for w in islice(busy, 3))
-        return Progress(phase=phase, step=step, total=total, values=values, waits=waits)
+        self._last = Progress(
+            phase=phase, step=step, total=total, values=values, waits=in_a_few_words(self._bus.waits())
+        )
+        return self._last
+
+    def follow(self, tell: Report) -> None:
+        """Tells the progress every second as well: a step may take long, and what is waited for changes meanwhile."""
+        self._supervisor.spawn(self._beat(tell), name="progress")
+
+    async def _beat(self, tell: Report) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            if (last := self._last) is not None:
+                values = last.values | self.load() if last.phase == "train" else last.values
+                tell(self.progress(last.phase, last.step, last.total, values))
 
     def _in_sandbox(self, task: Task) -> Env:
         c, engine, reward = self.config, self._engine, self._reward
@@ -345,6 +361,19 @@ class Run:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(one(task), name=f"demonstrate {task.id}") for task in tasks]
         return [task.result() for task in running]
+
+
+def in_a_few_words(waits: Sequence[Wait]) -> tuple[str, ...]:
+    """Who waits for what and how long, the longest wait first; those who wait for the same are one line:
+    `("trainer: 8 groups to train version 3 on (12 s)", "48 tasks: the answer of actor 'envs' to Rollout (9 s)")`."""
+    alike: dict[str, list[Wait]] = {}
+    for wait in waits:
+        if not wait.what.startswith("a message in the inbox"):  # has nothing to do
+            alike.setdefault(wait.what, []).append(wait)
+    return tuple(
+        f"{same[0].who if len(same) == 1 else f'{len(same)} tasks'}: {what} ({same[0].waited_s:.0f} s)"
+        for what, same in islice(alike.items(), _SHOWN_WAITS)
+    )
 
 
 def _check_saved(saved: Saved, path: Path) -> None:

@@ -40,9 +40,9 @@ class Task(Message, frozen=True):
     """`Task(id="copy-1-7", instruction="Copy oak.txt to fox.txt.", files=(TaskFile("oak.txt", b"elm\\n"),), ...)`."""
 
     id: str
-    instruction: str
-    files: tuple[TaskFile, ...]
-    tests: tuple[TaskFile, ...]
+    instruction: str = ""
+    files: tuple[TaskFile, ...] = ()
+    tests: tuple[TaskFile, ...] = ()
     solution: tuple[str, ...] = ()
     """The actions of a reference solution, before they are rendered as turns."""
     actions: Actions = "bash"

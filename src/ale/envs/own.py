@@ -159,9 +159,6 @@ def _numbers(name: str, config: TasksConfig, seed: int) -> Source:
     def task(number: int, split: Split) -> Task:
         return Task(
             id=f"{name}-{number}",
-            instruction="",
-            files=(),
-            tests=(),
             actions="text",
             family=name,
             seed=number,
