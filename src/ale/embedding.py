@@ -101,13 +101,14 @@ async def open_run(
     tasks: Iterable[Task] | None = None,
     report: Callable[[Progress], None] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> AsyncIterator[Training]:
     """Trains as `ale train` does, folder and all, in the event loop that is running.
 
     `environment(task)` makes the environment of one episode; each turn is an action, whole. Without it the agent works
     in a sandbox. `reward(trajectory)` replaces the environment's score or the task's tests. `tasks` replace the
     configured ones; an environment without tasks gets numbers (`task.seed`). `report` hears of the warm start and of
-    evaluations too.
+    evaluations too. `overwrite` and `resume` are those of `ale train`: a run that was left early can be resumed.
 
     Raises `UserError` for what the caller can mend, on entering or in the loop.
     """
@@ -119,6 +120,7 @@ async def open_run(
             config,
             report=report,
             overwrite=overwrite,
+            resume=resume,
             source=source,
             judge=None if reward is None else own_reward(reward),
             watch=run._watch,

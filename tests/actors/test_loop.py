@@ -192,7 +192,7 @@ def test_a_failed_rollout_is_replaced_at_once(loop, status):
     assert done.dropped() == {status: 1, "end_of_run": 2}
 
 
-def test_a_task_that_keeps_failing_gives_its_slot_back(loop):
+def test_a_task_that_keeps_failing_gives_its_slot_back(loop, caplog):
     def script(rollout: Rollout) -> Play:
         if rollout.task.id == "t0":
             return Play(status="evaluator_error", reward=None) if member(rollout) else Play(reward=1.0)
@@ -200,6 +200,7 @@ def test_a_task_that_keeps_failing_gives_its_slot_back(loop):
 
     done = run(loop(script, group_size=2, groups_per_step=1, max_lag=0, updates=2, task_count=3).run())
     assert done.dropped() == {"evaluator_error": 5, "group_too_small": 1}
+    assert "group g1: task t0 keeps failing and is given up: 5 evaluator_error" in caplog.text
     assert done.slots.taken == 0
     assert done.ledger.statistics().trained == 4
 

@@ -4,6 +4,7 @@ weights are the list of what it was trained on, so that a test can read off what
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 from collections import Counter
@@ -21,7 +22,7 @@ from ale.actors.trainer import Update, redo
 from ale.data.books import Books
 from ale.data.events import Event, Recorded
 from ale.data.task_stream import TaskStream
-from ale.errors import ConfigError, LearnerError
+from ale.errors import ConfigError, Interrupted, LearnerError
 from ale.messages import Rollout
 from ale.testing.clock import run
 from ale.testing.fakes import Play
@@ -201,6 +202,42 @@ def test_twenty_kills_at_any_records_lose_nothing(
     disk, lives = kill_and_resume(loop, kills, **schedule)
     check(disk, lives, 5)
     assert all(0 <= lag <= max_lag for life in lives for lag in life.tried.learner.lags)
+
+
+def test_a_stop_while_a_batch_is_awaited_is_heard_at_once_and_drops_nothing(loop: Any) -> None:
+    disk = Disk()
+    life = Life(loop, disk, **SCHEDULE | {"script": lambda rollout: Play(reward=1.0, latency_s=500.0)})
+
+    async def scenario() -> None:
+        clock = asyncio.get_running_loop()
+        clock.call_later(3.0, life.tried.stop.request)
+        with pytest.raises(Interrupted):
+            await life.live()
+
+    run(scenario())
+    assert life.tried.ledger.statistics().dropped == {}
+    assert life.tried.ledger.statistics().running == 8
+    again = Life(loop, disk, **SCHEDULE)
+    run(again.live())
+    check(disk, [life, again], 5)
+
+
+def test_a_stop_during_an_update_waits_for_that_update(loop: Any) -> None:
+    disk = Disk()
+    life = Life(loop, disk, **SCHEDULE | {"latency_s": lambda n: 1000.0})
+
+    async def scenario() -> None:
+        clock = asyncio.get_running_loop()
+        clock.call_later(900.0, life.tried.stop.request)
+        with pytest.raises(Interrupted):
+            await life.live()
+        assert clock.time() > 1000.0
+
+    run(scenario())
+    assert life.books.updates == life.books.recorded == 1
+    again = Life(loop, disk, **SCHEDULE)
+    run(again.live())
+    check(disk, [life, again], 5)
 
 
 def test_a_rollout_that_was_cut_off_runs_again_under_its_name_and_seed(loop: Any, length: int) -> None:

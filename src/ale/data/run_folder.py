@@ -143,6 +143,12 @@ class RunFolder:
                 f"--resume: learner.updates is {config.learner.updates}, but {self.path} has made "
                 f"{self.books.updates} already. Updates cannot be taken back: ask for at least as many."
             )
+        if "learner.updates" in changed and config.learner.schedule != "constant" and self.books.since:
+            raise RunFolderError(
+                f"--resume: the schedule follows learner.updates, which {changed['learner.updates']}, and "
+                f"{len(self.books.since)} updates have to be made again as they were. Resume the run as it was first; "
+                "after its end, or after Ctrl-C, it can be given more updates."
+            )
         self.journal.write(Resumed(changed=changed))
         _save_config(self.path, config)
 
