@@ -126,17 +126,18 @@ class Objective:
             chunk_rewards_C=None if self.name == "sft" else _tensor(layout.rewards_C),
             outcome_chunk_N=torch.from_numpy(layout.outcome_N),
             carry_C=_tensor(layout.carry_C),
-            normalizer=self._normalizer(count),
+            normalizer=self.normalizer(count),
         )
 
-    def _normalizer(self, count: Counts) -> float | None:
+    def normalizer(self, count: Counts) -> float:
+        """Z of a batch of which `count` was counted: what its loss is divided by."""
         match self.weighting.normalization:
             case "token":
                 return float(count.tokens)
             case "sequence" | "sequence_token":
                 return float(count.trajectories)
             case "constant":
-                return self.constant
+                return self.constant or 0.0  # refused where the loss is taken
 
     def _sampled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         if batch.logp_old_T is None:

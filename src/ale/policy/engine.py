@@ -2,7 +2,7 @@
 
 `add` a request, then call `step` until its `Turn` comes back. One step computes the tokens that are not yet in the
 cache (a new prompt, an observation) and then one new token for every running sequence. Sequences join and leave
-between steps.
+between steps. What several sequences have in common at their beginning (the prompt of a group) is computed once.
 
 A change of weights takes effect between two tokens: the next one is computed under the new weights from a cache that
 is recomputed under them, so that each token's log-probability belongs to exactly one policy version.
@@ -23,10 +23,12 @@ from ale.errors import PolicyError
 from ale.messages import EngineStatistics, Finish, Generate, Sampling, Turn
 from ale.models.load import hidden_states
 from ale.policy.kv_cache import KVRows, RowsCache
+from ale.policy.packed import pack_linears
 from ale.policy.sampler import sample, uniform
 from ale.wire import Array
 
 _PREFILL_TOKENS = 4096  # padded tokens in one prefill: bounds memory and how long running sequences wait
+_SHARED_TOKENS = 16  # a common beginning shorter than this is computed again rather than waited for
 
 
 @dataclass(slots=True)
@@ -65,11 +67,18 @@ class _Parked:
 
 
 class Engine:
-    """Not thread-safe, never blocks on anything but arithmetic. `rows` bounds how many sequences run at once."""
+    """Not thread-safe, never blocks on anything but arithmetic. `rows` bounds how many sequences run at once.
 
-    def __init__(self, model: PreTrainedModel, *, rows: int = 64, parked: int = 1024) -> None:
+    Takes the model over: its large products go through packed copies of the weights, in `precision` (None: that of the
+    model; everything else stays in that). Call `set_version` after any change of the weights.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, rows: int = 64, parked: int = 1024, precision: torch.dtype | None = None
+    ) -> None:
         self.model = model.eval()
         self.version = 0
+        self._packed = pack_linears(model, precision or model.dtype)
         self._cache = KVRows(model.config, rows, model.dtype)
         self._rows = rows
         self._running: list[_Sequence] = []  # the index is the row
@@ -108,6 +117,8 @@ class Engine:
     def set_version(self, version: int) -> None:
         """Call after the model's weights have changed: what the cache holds belongs to the old ones."""
         self.version = version
+        for layer in self._packed:
+            layer.pack()
         self._parked.clear()
         for sequence in self._running:
             self._recomputed += sequence.cached
@@ -134,12 +145,18 @@ class Engine:
         """Advances every running sequence by one token; returns the turns that this finished."""
         while self._waiting and len(self._running) < self._rows:
             self._join(self._waiting.popleft())
+        ready = [row for row, s in enumerate(self._running) if len(s.tokens) - s.cached == 1]
         fresh = [row for row, s in enumerate(self._running) if len(s.tokens) - s.cached > 1]
-        for rows in self._prefill_batches(fresh):
-            self._forward(rows)
-        ready = [row for row, s in enumerate(self._running) if row not in set(fresh)]
+        while fresh:
+            first, rest = self._without_overlap(fresh)
+            for rows in self._prefill_batches(first):
+                self._forward(rows)
+            fresh = []
+            for row in rest:
+                self._borrow(row)
+                (ready if len(self._running[row].tokens) - self._running[row].cached == 1 else fresh).append(row)
         if ready:
-            self._forward(ready)
+            self._forward(sorted(ready))
         done = []
         for row in reversed(range(len(self._running))):
             sequence = self._running[row]
@@ -153,15 +170,36 @@ class Engine:
         row = len(self._running)
         self._running.append(sequence)
         parked = self._parked.pop(sequence.request.session, None)
-        if parked is None:
-            return
-        # At least one token is computed anew: its logits are what the next token is drawn from.
-        shared = _common_prefix(parked.tokens, sequence.tokens[:-1])
-        if shared:
-            self._cache.reserve(shared)
-            self._cache.unpark(row, parked.cache, shared)
+        if parked is not None:
+            # At least one token is computed anew: its logits are what the next token is drawn from.
+            shared = _common_prefix(parked.tokens, sequence.tokens[:-1])
+            if shared:
+                self._cache.reserve(shared)
+                self._cache.unpark(row, parked.cache, shared)
+                sequence.cached = shared
+                self._reused += shared
+        self._borrow(row)
+
+    def _borrow(self, row: int) -> None:
+        """Copies the keys and values of the longest beginning that another running sequence has computed."""
+        sequence, prompt = self._running[row], self._running[row].tokens[:-1]
+        found = [(_common_prefix(s.tokens[: s.cached], prompt), source) for source, s in enumerate(self._running)]
+        shared, source = max(found)
+        if shared - sequence.cached >= _SHARED_TOKENS:
+            self._cache.copy(source, row, shared)
+            self._reused += shared - sequence.cached
             sequence.cached = shared
-            self._reused += shared
+
+    def _without_overlap(self, rows: list[int]) -> tuple[list[int], list[int]]:
+        """Rows to compute now, and those that will find part of what they need computed by one of them."""
+        first: list[int] = []
+        rest: list[int] = []
+        for row in rows:
+            sequence = self._running[row]
+            prompt = sequence.tokens[:-1]
+            overlaps = (_common_prefix(self._running[other].tokens, prompt) - sequence.cached for other in first)
+            (rest if any(n >= _SHARED_TOKENS for n in overlaps) else first).append(row)
+        return first, rest
 
     def _leave(self, row: int, *, park: bool) -> None:
         sequence = self._running[row]
@@ -172,7 +210,7 @@ class Engine:
                 self._parked.popitem(last=False)
         last = len(self._running) - 1
         if row != last:
-            self._cache.move(last, row, self._running[last].cached)
+            self._cache.copy(last, row, self._running[last].cached)
             self._running[row] = self._running[last]
         self._running.pop()
 
@@ -243,7 +281,12 @@ def _check(sampling: Sampling) -> None:
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    """Length of the common beginning, by bisection: comparing slices is far faster than a loop over tokens."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
