@@ -97,6 +97,8 @@ class AlgorithmConfig(_Section, frozen=True):
     mask_low: float | None = None
     normalization: Literal["token", "sequence", "sequence_token"] | None = None
     pi_old: Literal["snapshot", "mu", "proximal"] = "snapshot"
+    routing_replay: bool = False
+    """R3 (arXiv 2510.11370), mixtures of experts only: train through the experts that were chosen while sampling."""
     shuffle_rewards: bool = False
     """A control: each rollout gets the reward of another, before filtering, so that there is nothing to learn."""
 

@@ -97,6 +97,7 @@ class Run:
             slots=self._slots,
             threads=self.config.model.threads,
             rows=self.config.rollout.concurrency,
+            record_routing=learning and self.config.algorithm.routing_replay,
         )
         async with open_embedded(settings) as policy:
             self._policy = policy

@@ -29,7 +29,7 @@ from ale.kernels.chunk_advantage import Counts
 from ale.learner.batch import MicroBatch, split
 from ale.learner.forward import action_logp, action_logp_under, is_moe
 from ale.learner.weights import WeightRing
-from ale.messages import Chunk, Demonstration, Sample, StepMetrics
+from ale.messages import Chunk, Demonstration, Sample, StepMetrics, Trajectory
 from ale.wire import Array
 
 PolicyOld = Literal["snapshot", "mu", "proximal"]
@@ -151,7 +151,7 @@ class Learner:
         kept = [s for s in samples if s.trajectory.id not in dropped]
         old_s = time.perf_counter() - started
         parts = []
-        for batch in self._split([s.trajectory.tokens_T for s in kept], [s.trajectory.chunks for s in kept]):
+        for batch in self._split_trajectories([s.trajectory for s in kept]):
             members = [kept[i] for i in batch.index]
             parts.append(
                 _Part(
@@ -188,8 +188,17 @@ class Learner:
     def _learning_rate(self) -> float:
         return self.settings.learning_rate * min(1.0, (self._steps + 1) / (self.settings.warmup_steps + 1))
 
-    def _split(self, tokens_N: Sequence[Array], chunks_N: Sequence[tuple[Chunk, ...]]) -> list[MicroBatch]:
-        return split(tokens_N, chunks_N, self.settings.micro_tokens, width=self.model.config.hidden_size)
+    def _split(
+        self,
+        tokens_N: Sequence[Array],
+        chunks_N: Sequence[tuple[Chunk, ...]],
+        experts_N: Sequence[Array | None] | None = None,
+    ) -> list[MicroBatch]:
+        width = self.model.config.hidden_size
+        return split(tokens_N, chunks_N, self.settings.micro_tokens, width=width, experts_N=experts_N)
+
+    def _split_trajectories(self, given: Sequence[Trajectory]) -> list[MicroBatch]:
+        return self._split([t.tokens_T for t in given], [t.chunks for t in given], [t.experts_TLJ for t in given])
 
     def _update(self, goal: Objective, parts: Sequence[_Part], learning_rate: float, temperature: float) -> StepMetrics:
         clock = _Clock()
@@ -290,7 +299,7 @@ class Learner:
                 raise LearnerError(f"the weights of version {version} are gone; training is at {self.version}")
             members = [s.trajectory for s in samples if bool((versions[s.trajectory.id] == version).any())]
             weights = self.ring.views(self.ring.slot_of(version))
-            for batch in self._split([t.tokens_T for t in members], [t.chunks for t in members]):
+            for batch in self._split_trajectories(members):
                 logp_A = action_logp_under(
                     self.model, weights, batch, self.settings.temperature, precision=self._precision
                 )
