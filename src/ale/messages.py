@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from ale.config import AlgorithmConfig, LearnerConfig
+from ale.config import AlgorithmConfig, LearnerConfig, Precision
 from ale.task import Task
 from ale.wire import Array, Message, Request
 
@@ -281,6 +281,7 @@ class OpenEngine(Request[Opened], frozen=True):
     slots: int
     threads: int
     rows: int
+    precision: Precision = "float32"
 
 
 class OpenLearner(Request[Opened], frozen=True):
@@ -293,6 +294,7 @@ class OpenLearner(Request[Opened], frozen=True):
     algorithm: AlgorithmConfig
     learner: LearnerConfig
     temperature: float
+    precision: Precision = "float32"
 
 
 class StartPolicyOptimization(Request[None], frozen=True):

@@ -78,8 +78,8 @@ class Engine:
     ) -> None:
         self.model = model.eval()
         self.version = 0
-        self._packed = pack_linears(model, precision or model.dtype)
         self._cache = KVRows(model.config, rows, model.dtype)
+        self._packed = pack_linears(model, precision or model.dtype)
         self._rows = rows
         self._running: list[_Sequence] = []  # the index is the row
         self._waiting: deque[_Sequence] = deque()

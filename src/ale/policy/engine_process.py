@@ -22,7 +22,7 @@ def serve(requests: Requests) -> None:
     try:
         torch.set_num_threads(settings.threads)
         model = load_model(settings.model)
-        engine = Engine(model, rows=settings.rows)
+        engine = Engine(model, rows=settings.rows, precision=getattr(torch, settings.precision))
         ring = None
         if settings.weights_fd is not None:
             ring = WeightRing(settings.weights_fd, Layout.of(model, settings.slots))
