@@ -7,16 +7,18 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeForCausalLM
 
 from ale.algorithm.objectives import objective
 from ale.errors import LearnerError
+from ale.learner import forward
 from ale.learner.batch import split
 from ale.learner.forward import _router_loss, action_logp, action_logp_under
 from ale.learner.learner import Learner, LearnerSettings
 from ale.learner.weights import Layout, WeightRing, create_memory
 from ale.messages import Chunk, Demonstration, Sample, Trajectory
 from ale.models.load import load_model
+from ale.models.nano import nano_config
 from ale.wire import Array
 
 MakeLearner = Callable[..., Learner]
@@ -87,6 +89,63 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 STILL = {"learning_rate": 0.0, "max_grad_norm": 1e9}
+
+
+def materialised(head: torch.nn.Module, before: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    logp = torch.log_softmax(head(before) / temperature, -1)
+    return logp.gather(1, ids[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
+def test_the_log_probabilities_and_gradients_are_those_of_all_logits(
+    nano_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    torch.manual_seed(0)
+    config = nano_config(nano_tokenizer)
+    config.tie_word_embeddings = tied
+    model = Qwen3MoeForCausalLM(config)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    samples = make_samples(model, 5)
+    (batch,) = split([s.trajectory.tokens_T for s in samples], [s.trajectory.chunks for s in samples], 10_000)
+    found = []
+    for head_logp in (forward._head_logp, materialised):
+        monkeypatch.setattr(forward, "_head_logp", head_logp)
+        model.zero_grad()
+        logp, _ = action_logp(model, batch, 0.6)
+        logp.sum().backward()
+        under = action_logp_under(model, {n: p * 1.01 for n, p in model.named_parameters()}, batch, 0.6)
+        found.append((logp.detach(), under, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    assert not torch.equal(found[0][0], found[0][1])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_more_than_a_matrix_is_applied_as_it_is() -> None:
+    torch.manual_seed(0)
+    before, ids = torch.randn(7, 16), torch.randint(0, 50, (7,))
+    head = torch.nn.Linear(16, 50)
+    assert forward._head_logp(head, before, ids, 0.7).tolist() == pytest.approx(
+        materialised(head, before, ids, 0.7).tolist(), abs=1e-5
+    )
+    with torch.no_grad():
+        head.bias.zero_()
+    plain = torch.nn.Linear(16, 50, bias=False)
+    plain.weight = head.weight
+    assert forward._head_logp(head, before, ids, 0.7).tolist() == pytest.approx(
+        forward._head_logp(plain, before, ids, 0.7).tolist(), abs=1e-5
+    )
+
+
+def test_training_with_and_without_logits_gives_the_same_losses_for_twenty_updates(
+    nano_path: Path, make_learner: MakeLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = []
+    for head_logp in (forward._head_logp, materialised):
+        monkeypatch.setattr(forward, "_head_logp", head_logp)
+        learner = make_learner(load_model(nano_path), learning_rate=1e-3, pi_old="mu")
+        samples = make_samples(learner.model, 6)
+        curves.append([learner.learn(samples).loss for _ in range(20)])
+    assert abs(curves[0][-1] - curves[0][0]) > 0.05
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ipa", "baseline", "token", "grpo"])

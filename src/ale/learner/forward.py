@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ale.kernels import linear_logprob
 from ale.learner.batch import MicroBatch
 from ale.models.load import hidden_states
 
@@ -38,8 +39,7 @@ def action_logp(
             **({"output_router_logits": True} if router_loss else {}),
         )
     before_AD = output.last_hidden_state.flatten(0, 1)[batch.before_A]
-    logits_AV = model.get_output_embeddings()(before_AD).float() / temperature
-    logp_A = torch.log_softmax(logits_AV, -1).gather(1, batch.action_ids_A[:, None])[:, 0]
+    logp_A = _head_logp(model.get_output_embeddings(), before_AD, batch.action_ids_A, temperature)
     if not router_loss:
         return logp_A, None
     return logp_A, _router_loss(output.router_logits, model.config.num_experts_per_tok, batch.places_N)
@@ -51,6 +51,19 @@ def _attention(batch: MicroBatch, dtype: torch.dtype) -> dict[str, Any]:
     # Additive, once for all layers: given as bool, each layer would turn it into numbers and keep its own for backward.
     mask_B1TT = torch.zeros(batch.sees_BTT.shape, dtype=dtype).masked_fill_(~batch.sees_BTT, -torch.inf)[:, None]
     return {"position_ids": batch.position_BT, "attention_mask": mask_B1TT}
+
+
+def _head_logp(head: torch.nn.Module, before_AD: Tensor, ids_A: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of `ids_A` after the hidden states before them.
+
+    A plain linear head, tied or not, goes through `linear_logprob`, which never holds [A, V] logits. It pays at every
+    vocabulary: with 768 words the two passes of an update (pi_old, then training) take as long as with logits, from a
+    few thousand on the logits and their gradient are most of the memory of an update.
+    """
+    if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None:
+        return linear_logprob(before_AD.to(head.weight.dtype), head.weight, ids_A, temperature=temperature)
+    logits_AV = head(before_AD).float() / temperature
+    return torch.log_softmax(logits_AV, -1).gather(1, ids_A[:, None])[:, 0]
 
 
 class _WithWeights(torch.nn.Module):
