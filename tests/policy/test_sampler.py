@@ -103,7 +103,9 @@ def test_a_vocabulary_of_many_blocks_is_drawn_from_as_one() -> None:
 
 
 def test_logits_of_nan_give_a_token_whose_log_probability_says_so() -> None:
-    token, logp, _ = sample(torch.full((2, 3000), math.nan), [Sampling(), Sampling(temperature=0.0)], np.array([0.1, 0.2]))
+    token, logp, _ = sample(
+        torch.full((2, 3000), math.nan), [Sampling(), Sampling(temperature=0.0)], np.array([0.1, 0.2])
+    )
     assert bool(((token >= 0) & (token < 3000)).all())
     assert bool(logp.isnan().all())
 

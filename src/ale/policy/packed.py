@@ -27,6 +27,10 @@ class PackedLinear:
         self._dtype = dtype
         self.pack()
 
+    @property
+    def inputs(self) -> int:
+        return int(self._layer.nx if isinstance(self._layer, Conv1D) else self._layer.in_features)
+
     @torch.no_grad()
     def pack(self) -> None:
         weight_NK = self._layer.weight.T if isinstance(self._layer, Conv1D) else self._layer.weight
