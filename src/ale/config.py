@@ -33,7 +33,7 @@ class ModelConfig(_Section, frozen=True):
     threads: int = 1
     """Threads of each of the two processes that compute, the engine and the learner."""
     precision: Precision = "float32"
-    """Of the large products, in engine and learner. With "bfloat16" weights, sums, logits and optimizer stay float32."""
+    """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
 
 class TasksConfig(_Section, frozen=True):

@@ -1,5 +1,5 @@
-"""Any local causal LM goes in and comes out as a Hugging Face directory: dense or MoE, rotary or learned positions, head
-tied or not. Sizes are tiny, but large enough that some layers are packed."""
+"""Any local causal LM goes in and comes out as a Hugging Face directory: dense or MoE, rotary or learned positions,
+head tied or not. Sizes are tiny, but large enough that some layers are packed."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -60,7 +60,7 @@ class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass
 class _Part:
-    """A micro-batch and what the objective knows of it. Where `fresh_A` holds, pi_old is what the coming forward gives."""
+    """A micro-batch and what the objective knows of it. `fresh_A`: where pi_old is what the coming forward gives."""
 
     batch: MicroBatch
     layout: Layout

