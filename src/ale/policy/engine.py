@@ -69,8 +69,8 @@ class _Parked:
 class Engine:
     """Not thread-safe, never blocks on anything but arithmetic. `rows` bounds how many sequences run at once.
 
-    Takes the model over: its large products go through packed copies of the weights, in `precision` (None: that of the
-    model; everything else stays in that). Call `set_version` after any change of the weights.
+    Takes the model over: its large products go through packed copies of the weights, those of its body in `precision`
+    (None: that of the model, in which everything else stays). Call `set_version` after any change of the weights.
     """
 
     def __init__(
