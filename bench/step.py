@@ -48,7 +48,7 @@ class Step:
         tokenizer = load_tokenizer(path)
         layout = Layout.of(trained, 2)
         self.ring = WeightRing(create_memory(), layout)
-        settings = LearnerSettings(learning_rate=1e-6, precision=precision)
+        settings = LearnerSettings(learning_rate=1e-6, precision=precision, micro_tokens=1536)
         self.learner = Learner(trained, tokenizer, self.ring, objective("ipa"), settings)
         self.engine = Engine(sampled, rows=GROUPS * SIZE, precision=getattr(torch, precision))
         chat = Chat(tokenizer)

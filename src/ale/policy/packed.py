@@ -57,6 +57,7 @@ def pack_linears(model: PreTrainedModel, dtype: torch.dtype) -> list[PackedLinea
     packed = []
     for layer in model.modules():
         if isinstance(layer, nn.Linear | Conv1D) and layer.weight.numel() >= _MIN_ELEMENTS:
-            layer.forward = PackedLinear(layer, model.dtype if layer is head else dtype)
-            packed.append(layer.forward)
+            product = PackedLinear(layer, model.dtype if layer is head else dtype)
+            layer.forward = product  # type: ignore[method-assign]
+            packed.append(product)
     return packed
