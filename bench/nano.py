@@ -6,7 +6,8 @@
 Rows `seedN` are the run itself. Each control is seed 0 with one thing taken away: `lr0` never changes a weight,
 `shuffled` gives each rollout the reward of another, and `sft` goes on imitating the same demonstrations instead of
 optimising the policy, with an evaluation every 150 steps, and counts with its best one. The value is held-out success
-after, the baseline the success before IPA in the same run, `spread` the 95% interval of the value.
+after, the baseline the success before IPA in the same run (of `sft`: after 150 steps), `spread` the 95% interval of
+the value.
 """
 
 from __future__ import annotations
@@ -71,11 +72,9 @@ def before_and_after(folder: Path, *overrides: str) -> tuple[Rate, Rate]:
 
 
 def imitated(folder: Path) -> tuple[Rate, Rate]:
-    """What the warm start of the run gave, and the best that more of it gives."""
-    own_steps = load(_NANO).warm_start.steps
-    run(
-        folder, f"warm_start.steps={_SFT_STEPS}", f"warm_start.eval_every={_SFT_EVERY}", "learner.updates=0", "name=sft"
-    )
+    """The first and the best evaluation of imitation that does not stop."""
+    steps = (f"warm_start.steps={_SFT_STEPS}", f"warm_start.eval_every={_SFT_EVERY}", "warm_start.stop_at=0")
+    run(folder, *steps, "learner.updates=0", "name=sft")
     curve = {}
     for line in (folder / "sft" / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
@@ -83,7 +82,7 @@ def imitated(folder: Path) -> tuple[Rate, Rate]:
         if label == "warm_start":
             curve[int(step)] = Rate(success=values["success"], ci95=tuple(values["ci95"]), n=values["n"])
     print("sft:", {step: rate.success for step, rate in curve.items()}, flush=True)
-    return curve[own_steps], max(curve.values(), key=lambda rate: rate.success)
+    return curve[_SFT_EVERY], max(curve.values(), key=lambda rate: rate.success)
 
 
 def run(folder: Path, *overrides: str) -> Summary:

@@ -18,6 +18,7 @@ import msgspec
 from ale.errors import ConfigError
 
 Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
+Precision = Literal["float32", "bfloat16"]
 ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo"]
 
 
@@ -31,6 +32,8 @@ class ModelConfig(_Section, frozen=True):
     path: str = "nano"
     threads: int = 1
     """Threads of each of the two processes that compute, the engine and the learner."""
+    precision: Precision = "float32"
+    """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
 
 class TasksConfig(_Section, frozen=True):

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from ale.config import AlgorithmConfig, LearnerConfig
+from ale.config import AlgorithmConfig, LearnerConfig, Precision
 from ale.task import Task
 from ale.wire import Array, Message, Request
 
@@ -287,6 +287,7 @@ class OpenEngine(Request[Opened], frozen=True):
     slots: int
     threads: int
     rows: int
+    precision: Precision = "float32"
     record_routing: bool = False
 
 
@@ -300,6 +301,7 @@ class OpenLearner(Request[Opened], frozen=True):
     algorithm: AlgorithmConfig
     learner: LearnerConfig
     temperature: float
+    precision: Precision = "float32"
 
 
 class StartPolicyOptimization(Request[None], frozen=True):

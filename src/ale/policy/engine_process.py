@@ -22,7 +22,8 @@ def serve(requests: Requests) -> None:
     try:
         torch.set_num_threads(settings.threads)
         model = load_model(settings.model)
-        engine = Engine(model, rows=settings.rows, record_routing=settings.record_routing)
+        precision = getattr(torch, settings.precision)
+        engine = Engine(model, rows=settings.rows, precision=precision, record_routing=settings.record_routing)
         ring = None
         if settings.weights_fd is not None:
             ring = WeightRing(settings.weights_fd, Layout.of(model, settings.slots))
