@@ -114,8 +114,8 @@ class Benchmark:
         theirs: list[float] = []
         for pair in range(self._pairs + 1):
             calls = [(ours, mine)] if baseline is None else [(ours, mine), (baseline, theirs)]
-            for measure, figures in calls if pair % 2 == 0 else reversed(calls):
-                figures.append(measure())
+            for measure, into in calls if pair % 2 == 0 else reversed(calls):
+                into.append(measure())
         mine, theirs = mine[1:], theirs[1:]  # the first pair warms caches and allocators up
         ratios = [ratio(a, b) for a, b in zip(mine, theirs, strict=True)] if baseline else []
         value = statistics.median(mine)
