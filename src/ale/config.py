@@ -19,6 +19,7 @@ import msgspec
 from ale.errors import ConfigError
 
 Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
+Precision = Literal["float32", "bfloat16"]
 ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo"]
 
 
@@ -32,6 +33,8 @@ class ModelConfig(_Section, frozen=True):
     path: str = "nano"
     threads: int = 1
     """Threads of each of the two processes that compute, the engine and the learner."""
+    precision: Precision = "float32"
+    """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
 
 class TasksConfig(_Section, frozen=True):
@@ -101,6 +104,8 @@ class AlgorithmConfig(_Section, frozen=True):
     mask_low: float | None = None
     normalization: Literal["token", "sequence", "sequence_token"] | None = None
     pi_old: Literal["snapshot", "mu", "proximal"] = "snapshot"
+    routing_replay: bool = False
+    """R3 (arXiv 2510.11370), mixtures of experts only: train through the experts that were chosen while sampling."""
     shuffle_rewards: bool = False
     """A control: each rollout gets the reward of another, before filtering, so that there is nothing to learn."""
 

@@ -21,7 +21,8 @@ from typing import Any, Protocol, Union
 
 import msgspec
 
-from ale.errors import AleError, DeadlineExceeded, WorkerDied
+from ale import errors
+from ale.errors import AleError, DeadlineExceeded, UserError, WorkerDied
 from ale.wire import Message, Reply, Request, encode, reply_type
 
 _HEADER = struct.Struct("<IQB")  # body length, request number, kind
@@ -136,7 +137,7 @@ class WorkerProcess:
                     continue  # whoever asked has gone
                 if kind == _FAILURE:
                     failure = msgspec.msgpack.decode(body, type=Failure)
-                    future.set_exception(self._error(f"{failure.kind}: {failure.text}"))
+                    future.set_exception(self._raised(failure))
                 else:
                     future.set_result(msgspec.msgpack.decode(body, type=type_))
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -149,6 +150,13 @@ class WorkerProcess:
             for future, _ in self._pending.values():
                 if not future.done():
                     future.set_exception(self._death())
+
+    def _raised(self, failure: Failure) -> AleError:
+        """What the user can mend is that on this side too; anything else is an error of this worker."""
+        kind = getattr(errors, failure.kind, None)
+        if isinstance(kind, type) and issubclass(kind, UserError):
+            return kind(failure.text)
+        return self._error(f"{failure.kind}: {failure.text}")
 
     async def _read_stderr(self) -> None:
         stream = asyncio.StreamReader()

@@ -134,6 +134,8 @@ class Run:
             slots=self._slots,
             threads=self.config.model.threads,
             rows=self.config.rollout.concurrency,
+            precision=self.config.model.precision,
+            record_routing=learning and self.config.algorithm.routing_replay,
         )
         async with open_embedded(settings) as policy:
             self._policy = policy
@@ -164,6 +166,7 @@ class Run:
             learner=self.config.learner,
             temperature=self.config.rollout.temperature,
             state=str(state) if state is not None else None,
+            precision=self.config.model.precision,
         )
         async with WorkerProcess(
             "ale.learner.learner_process",

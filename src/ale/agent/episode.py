@@ -55,6 +55,7 @@ class _Record:
     logp: list[Array] = field(default_factory=list)
     logp_sampled: list[Array] = field(default_factory=list)
     version: list[Array] = field(default_factory=list)
+    experts: Array | None = None
     results: list[ToolResult] = field(default_factory=list)
     answer: str | None = None
     illegal: int = 0
@@ -67,6 +68,7 @@ class _Record:
         self.logp.append(turn.logp_A)
         self.logp_sampled.append(turn.logp_sampled_A)
         self.version.append(turn.version_A)
+        self.experts = turn.experts_TLJ
 
 
 async def run_episode(
@@ -96,6 +98,7 @@ async def run_episode(
             logp_A=_join(record.logp, "float32"),
             logp_sampled_A=_join(record.logp_sampled, "float32"),
             version_A=_join(record.version, "int32"),
+            experts_TLJ=record.experts,
             results=tuple(record.results),
             answer=record.answer,
             reward=reward,

@@ -95,6 +95,7 @@ def _open(settings: OpenLearner) -> tuple[LearnerService, Opened]:
             temperature=settings.temperature,
             epochs=c.epochs,
             pi_old=settings.algorithm.pi_old,
+            precision=settings.precision,
         ),
     )
     if settings.state is not None:

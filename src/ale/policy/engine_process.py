@@ -22,7 +22,8 @@ class EngineService:
     def __init__(self, settings: OpenEngine) -> None:
         torch.set_num_threads(settings.threads)
         model = load_model(settings.model)
-        self._engine = Engine(model, rows=settings.rows)
+        precision = getattr(torch, settings.precision)
+        self._engine = Engine(model, rows=settings.rows, precision=precision, record_routing=settings.record_routing)
         self._ring: WeightRing | None = None
         if settings.weights_fd is not None:
             self._ring = WeightRing(settings.weights_fd, Layout.of(model, settings.slots))
