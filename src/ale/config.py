@@ -110,6 +110,8 @@ class LearnerConfig(_Section, frozen=True):
     updates: int = 100
     learning_rate: float = 1e-3
     warmup_steps: int = 5
+    schedule: Literal["constant", "linear"] = "constant"
+    """After the warm-up: the rate stays, or falls to zero at the end of the last update."""
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0

@@ -577,6 +577,18 @@ def test_weight_decay_in_the_warm_start_shrinks_matrices_and_leaves_gains_alone(
     assert [group["weight_decay"] for group in decayed.optimizer.param_groups] == [0.0, 0.0]
 
 
+def test_the_rate_rises_and_falls_to_zero_with_the_last_step(nano: Any, make_learner: MakeLearner) -> None:
+    learner = make_learner(nano, warmup_steps=1, decay_steps=4, learning_rate=1e-3)
+    rates = []
+    for version in range(5):
+        samples = [
+            changed(s, version_A=Array.of(np.full(s.trajectory.action_tokens, version), "int32"))
+            for s in make_samples(nano, 1)
+        ]
+        rates.append(learner.learn(samples).values["learning_rate"])
+    assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3, 0.0])
+
+
 def test_a_checkpoint_loads_with_identical_logits(nano: Any, make_learner: MakeLearner, tmp_path: Path) -> None:
     learner = make_learner(nano, learning_rate=1e-2)
     learner.learn(make_samples(nano))

@@ -45,6 +45,8 @@ class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     learning_rate: float = 1e-3
     warmup_steps: int = 0
+    decay_steps: int = 0
+    """Optimizer steps over which the rate falls linearly to zero; 0: it does not fall."""
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
@@ -186,7 +188,10 @@ class Learner:
         self.tokenizer.save_pretrained(path)
 
     def _learning_rate(self) -> float:
-        return self.settings.learning_rate * min(1.0, (self._steps + 1) / (self.settings.warmup_steps + 1))
+        s = self.settings
+        rise = min(1.0, (self._steps + 1) / (s.warmup_steps + 1))
+        fall = max(0.0, 1.0 - self._steps / s.decay_steps) if s.decay_steps else 1.0
+        return s.learning_rate * rise * fall
 
     def _split(self, tokens_N: Sequence[Array], chunks_N: Sequence[tuple[Chunk, ...]]) -> list[MicroBatch]:
         return split(tokens_N, chunks_N, self.settings.micro_tokens, width=self.model.config.hidden_size)

@@ -66,6 +66,7 @@ def _open(settings: OpenLearner) -> Learner:
         LearnerSettings(
             learning_rate=c.learning_rate,
             warmup_steps=c.warmup_steps,
+            decay_steps=c.updates * c.epochs if c.schedule == "linear" else 0,
             beta1=c.beta1,
             beta2=c.beta2,
             weight_decay=c.weight_decay,
