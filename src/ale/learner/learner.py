@@ -308,7 +308,7 @@ class Learner:
             for s in samples
         }
         fresh = nowhere if self._moe else {id_: version_A == self.version for id_, version_A in versions.items()}
-        wanted = {int(v) for id_, version_A in versions.items() for v in version_A[~fresh[id_]].unique()}
+        wanted = {int(v) for id_, version_A in versions.items() for v in set(version_A[~fresh[id_]].tolist())}
         for version in sorted(wanted):
             if version != self.version and not self.version - self.ring.layout.slots < version < self.version:
                 raise LearnerError(f"the weights of version {version} are gone; training is at {self.version}")
