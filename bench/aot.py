@@ -121,7 +121,7 @@ def compile_spec(spec: Spec) -> Resources:
         occupancy=_occupancy(spec.chip, usage["REG"], shared, warps),
         instructions=" ".join(word.rstrip(".") for word in present),
         missing=" ".join(word for word in spec.expects if word not in ptx),
-        atomic="atom." in ptx or "red.global" in ptx,
+        atomic=re.search(r"\b(atom|red)\.", ptx) is not None,
     )
 
 

@@ -217,8 +217,14 @@ def _check(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: T
         )
     if experts.is_floating_point() or not weights.is_floating_point():
         raise ValueError(f"expected integer experts and floating-point weights, got {experts.dtype}, {weights.dtype}")
-    if not torch.is_autocast_enabled(x.device.type) and not x.dtype == gate_up.dtype == down.dtype:
-        raise ValueError(f"expected x, gate_up and down of one dtype, got {x.dtype}, {gate_up.dtype} and {down.dtype}")
+    for name, tensor in (("experts", experts), ("weights", weights), ("gate_up", gate_up), ("down", down)):
+        if tensor.device != x.device:
+            raise ValueError(f"expected {name} on {x.device} with x, got {tensor.device}")
+    one_dtype = x.dtype == gate_up.dtype == down.dtype and x.is_floating_point()
+    if not one_dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"expected x, gate_up and down of one floating-point dtype, got {x.dtype}, {gate_up.dtype} and {down.dtype}"
+        )
 
 
 def register_experts(name: str = "ale") -> None:

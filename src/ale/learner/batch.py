@@ -15,10 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ale.kernels.routing_replay import NOT_RECORDED
 from ale.messages import Chunk
 from ale.wire import Array
 
 Ints = npt.NDArray[np.int64]
+Experts = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class MicroBatch:
     """Which of `index` each action token belongs to."""
     places_N: tuple[Tensor, ...]
     """The places of every token of each sequence, its prompt included."""
+    experts_LBTJ: Tensor | None = None
+    """int16: the experts recorded while sampling, -1 where there is no record; None where there is none at all."""
 
     @property
     def tokens(self) -> int:
@@ -49,14 +53,22 @@ class MicroBatch:
 
 
 def split(
-    tokens_N: Sequence[Array], chunks_N: Sequence[tuple[Chunk, ...]], micro_tokens: int, *, width: int | None = None
+    tokens_N: Sequence[Array],
+    chunks_N: Sequence[tuple[Chunk, ...]],
+    micro_tokens: int,
+    *,
+    width: int | None = None,
+    experts_N: Sequence[Array | None] | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches of at most `micro_tokens` padded tokens (or one row), of similar lengths each.
 
     `width` is the model's hidden size, which decides when sharing a prompt pays; None: no prompt is shared.
+    `experts_N` are the recorded experts [T, L, J] of the first T tokens of each sequence. Sequences whose records of a
+    prompt differ do not share it.
     """
     tokens = [array.numpy().astype(np.int64) for array in tokens_N]
-    rows = [_Row(len(prompt), members) for prompt, members in _by_prompt(tokens, chunks_N)]
+    experts = [None if e is None else e.numpy().astype(np.int16) for e in experts_N or [None] * len(tokens)]
+    rows = [_Row(len(prompt), members) for prompt, members in _by_prompt(tokens, chunks_N, experts)]
     rows = [part for row in rows for part in row.parts([len(t) for t in tokens], width, micro_tokens)]
     rows.sort(key=lambda row: row.length)
     groups: list[list[_Row]] = []
@@ -65,7 +77,7 @@ def split(
             groups[-1].append(row)
         else:
             groups.append([row])
-    return [_pack(group, tokens, chunks_N) for group in groups]
+    return [_pack(group, tokens, chunks_N, experts) for group in groups]
 
 
 @dataclass
@@ -95,9 +107,11 @@ class _Row:
         return rows
 
 
-def _by_prompt(tokens: list[Ints], chunks_N: Sequence[tuple[Chunk, ...]]) -> list[tuple[Ints, list[int]]]:
-    """Sequences with the same tokens before their first action, in the order of the first of them."""
-    found: dict[bytes, tuple[Ints, list[int]]] = {}
+def _by_prompt(
+    tokens: list[Ints], chunks_N: Sequence[tuple[Chunk, ...]], experts: list[Experts | None]
+) -> list[tuple[Ints, list[int]]]:
+    """Sequences with the same tokens (and experts) before their first action, in the order of the first of them."""
+    found: dict[tuple[bytes, bytes], tuple[Ints, list[int]]] = {}
     for i, (ids, chunks) in enumerate(zip(tokens, chunks_N, strict=True)):
         for chunk in chunks:
             if not 0 < chunk.start <= chunk.end <= len(ids):
@@ -106,11 +120,15 @@ def _by_prompt(tokens: list[Ints], chunks_N: Sequence[tuple[Chunk, ...]]) -> lis
                     "sequence cannot be an action: nothing predicts it)"
                 )
         prompt = ids[: min((chunk.start for chunk in chunks), default=len(ids))]
-        found.setdefault(prompt.tobytes(), (prompt, []))[1].append(i)
+        routes = experts[i]
+        key = (prompt.tobytes(), b"" if routes is None else routes[: len(prompt)].tobytes())
+        found.setdefault(key, (prompt, []))[1].append(i)
     return list(found.values())
 
 
-def _pack(rows: list[_Row], tokens: list[Ints], chunks_N: Sequence[tuple[Chunk, ...]]) -> MicroBatch:
+def _pack(
+    rows: list[_Row], tokens: list[Ints], chunks_N: Sequence[tuple[Chunk, ...]], experts: list[Experts | None]
+) -> MicroBatch:
     length = max(row.length for row in rows)
     ids_BT = np.zeros((len(rows), length), np.int64)
     position_BT = np.tile(np.arange(length), (len(rows), 1))
@@ -145,7 +163,18 @@ def _pack(rows: list[_Row], tokens: list[Ints], chunks_N: Sequence[tuple[Chunk, 
         before_A=_join(before),
         sequence_A=_join(sequence),
         places_N=tuple(torch.from_numpy(places) for places in places_N),
+        experts_LBTJ=_place_experts([experts[i] for i in index], places_N, len(rows), length),
     )
+
+
+def _place_experts(experts_N: list[Experts | None], places_N: list[Ints], B: int, T: int) -> Tensor | None:
+    recorded = [(experts, places) for experts, places in zip(experts_N, places_N, strict=True) if experts is not None]
+    if not recorded:
+        return None
+    table = np.full((B * T, *recorded[0][0].shape[1:]), NOT_RECORDED, np.int16)
+    for experts, places in recorded:
+        table[places[: len(experts)]] = experts
+    return torch.from_numpy(table.reshape(B, T, *table.shape[1:])).permute(2, 0, 1, 3)
 
 
 def _sees(owner_BT: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ale.kernels import linear_logprob
+from ale.kernels.routing_replay import replay_routing
 from ale.learner.batch import MicroBatch
 from ale.models.load import hidden_states
 
@@ -28,9 +30,12 @@ def action_logp(
     """Log-probabilities float32 [A] of the action tokens at `temperature`, and the router loss (a mean over tokens).
 
     The head is applied to the positions before action tokens only. `precision` is that of the products in the body;
-    logits are never rounded to less than the weights have.
+    logits are never rounded to less than the weights have. Where the batch carries the experts that were chosen while
+    sampling, they are used again (`ale.kernels.routing_replay`).
     """
-    with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
+    # Nothing is recomputed in the backward, so the replay may end with the forward.
+    replay = nullcontext() if batch.experts_LBTJ is None else replay_routing(model, batch.experts_LBTJ)
+    with replay, torch.autocast("cpu", precision, enabled=precision is not torch.float32):
         output = hidden_states(
             model,
             input_ids=batch.ids_BT,

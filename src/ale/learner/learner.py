@@ -30,7 +30,7 @@ from ale.kernels.chunk_advantage import Counts
 from ale.learner.batch import MicroBatch, split
 from ale.learner.forward import action_logp, action_logp_under, is_moe
 from ale.learner.weights import WeightRing
-from ale.messages import Chunk, Demonstration, Sample, StepMetrics
+from ale.messages import Chunk, Demonstration, Sample, StepMetrics, Trajectory
 from ale.wire import Array
 
 PolicyOld = Literal["snapshot", "mu", "proximal"]
@@ -105,7 +105,7 @@ class Learner:
         self._precision: torch.dtype = getattr(torch, settings.precision)
         self._supervised = _supervised
         self.optimizer = self._new_optimizer()
-        self._steps = 0
+        self.steps = 0
         self.slot = ring.publish(0, model)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
@@ -123,7 +123,12 @@ class Learner:
     def start_policy_optimization(self) -> None:
         """Forgets the optimizer state of the warm start: its moments belong to another objective."""
         self.optimizer = self._new_optimizer()
-        self._steps = 0
+        self.steps = 0
+
+    def go_on_at(self, version: int, steps: int) -> None:
+        """The weights have been put back to those of `version`, the optimizer to where it was after `steps` steps."""
+        self.version, self.steps = version, steps
+        self.slot = self.ring.publish(version, self.model)
 
     def imitate(
         self, demonstrations: Sequence[Demonstration], learning_rate: float, weight_decay: float = 0.0
@@ -151,9 +156,14 @@ class Learner:
             if not bool((old.isfinite() | fresh_N[id_]).all()):
                 dropped[id_] = Reason.LOGP_NOT_FINITE
         kept = [s for s in samples if s.trajectory.id not in dropped]
+        if not kept:  # the clock of versions goes on; weights, optimizer and schedule stand still
+            nothing = StepMetrics(
+                version=self.version, slot=self.slot, loss=0.0, grad_norm=0.0, values={}, dropped=dropped
+            )
+            return self._publish(nothing)
         old_s = time.perf_counter() - started
         parts = []
-        for batch in self._split([s.trajectory.tokens_T for s in kept], [s.trajectory.chunks for s in kept]):
+        for batch in self._split_trajectories([s.trajectory for s in kept]):
             members = [kept[i] for i in batch.index]
             parts.append(
                 _Part(
@@ -189,12 +199,21 @@ class Learner:
 
     def _learning_rate(self) -> float:
         s = self.settings
-        rise = min(1.0, (self._steps + 1) / (s.warmup_steps + 1))
-        fall = max(0.0, 1.0 - self._steps / s.decay_steps) if s.decay_steps else 1.0
+        rise = min(1.0, (self.steps + 1) / (s.warmup_steps + 1))
+        fall = max(0.0, 1.0 - self.steps / s.decay_steps) if s.decay_steps else 1.0
         return s.learning_rate * rise * fall
 
-    def _split(self, tokens_N: Sequence[Array], chunks_N: Sequence[tuple[Chunk, ...]]) -> list[MicroBatch]:
-        return split(tokens_N, chunks_N, self.settings.micro_tokens, width=self.model.config.hidden_size)
+    def _split(
+        self,
+        tokens_N: Sequence[Array],
+        chunks_N: Sequence[tuple[Chunk, ...]],
+        experts_N: Sequence[Array | None] | None = None,
+    ) -> list[MicroBatch]:
+        width = self.model.config.hidden_size
+        return split(tokens_N, chunks_N, self.settings.micro_tokens, width=width, experts_N=experts_N)
+
+    def _split_trajectories(self, given: Sequence[Trajectory]) -> list[MicroBatch]:
+        return self._split([t.tokens_T for t in given], [t.chunks for t in given], [t.experts_TLJ for t in given])
 
     def _update(self, goal: Objective, parts: Sequence[_Part], learning_rate: float, temperature: float) -> StepMetrics:
         clock = _Clock()
@@ -240,7 +259,7 @@ class Learner:
         for gradient in gradients:
             gradient.mul_(factor)
         self.optimizer.step()
-        self._steps += 1
+        self.steps += 1
         clock.lap("optimizer_s")
         values = clock.laps | {
             "update_s": sum(clock.laps.values()),
@@ -295,7 +314,7 @@ class Learner:
                 raise LearnerError(f"the weights of version {version} are gone; training is at {self.version}")
             members = [s.trajectory for s in samples if bool((versions[s.trajectory.id] == version).any())]
             weights = self.ring.views(self.ring.slot_of(version))
-            for batch in self._split([t.tokens_T for t in members], [t.chunks for t in members]):
+            for batch in self._split_trajectories(members):
                 logp_A = action_logp_under(
                     self.model, weights, batch, self.settings.temperature, precision=self._precision
                 )

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ale.errors import PolicyError
+from ale.errors import ModelError, PolicyError
+from ale.kernels.routing_replay import count_experts, record_routing
 from ale.messages import EngineStatistics, Finish, Generate, Sampling, Turn
 from ale.models.load import hidden_states
 from ale.policy.kv_cache import KVRows, RowsCache
@@ -29,6 +33,8 @@ from ale.wire import Array
 
 _PREFILL_TOKENS = 4096  # padded tokens in one prefill: bounds memory and how long running sequences wait
 _SHARED_TOKENS = 16  # a common beginning shorter than this is computed again rather than waited for
+
+Experts = npt.NDArray[np.integer[Any]]  # [L, J]: what each layer with experts chose at one position
 
 
 @dataclass(slots=True)
@@ -41,6 +47,7 @@ class _Sequence:
     logp: list[float] = field(default_factory=list)
     logp_sampled: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
+    experts: list[Experts] = field(default_factory=list)  # of every cached position, where routing is recorded
 
     @property
     def finish(self) -> Finish | None:
@@ -57,6 +64,7 @@ class _Sequence:
             logp_sampled_A=Array.of(self.logp_sampled, "float32"),
             version_A=Array.of(self.version, "int32"),
             finish=finish,
+            experts_TLJ=Array.of(np.stack(self.experts)) if self.experts else None,
         )
 
 
@@ -64,18 +72,33 @@ class _Sequence:
 class _Parked:
     tokens: list[int]  # those whose keys and values are in `cache`
     cache: Tensor
+    experts: list[Experts]
 
 
 class Engine:
     """Not thread-safe, never blocks on anything but arithmetic. `rows` bounds how many sequences run at once.
 
     Takes the model over: its large products go through packed copies of the weights, those of its body in `precision`
-    (None: that of the model, in which everything else stays). Call `set_version` after any change of the weights.
+    (None: that of the model, in which everything else stays). Call `set_version` after any change of the weights. With
+    `record_routing` every turn carries the experts that its cache was computed with; `ModelError` for a model that has
+    none.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, rows: int = 64, parked: int = 1024, precision: torch.dtype | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        rows: int = 64,
+        parked: int = 1024,
+        precision: torch.dtype | None = None,
+        record_routing: bool = False,
     ) -> None:
+        if record_routing and not count_experts(model):
+            raise ModelError(
+                f"algorithm.routing_replay: {type(model).__name__} has no experts to record; leave it out or false."
+            )
+        self._record_routing = record_routing
+        self._experts_dtype = torch.uint8 if count_experts(model) <= 256 else torch.int16
         self.model = model.eval()
         self.version = 0
         self._cache = KVRows(model.config, rows, model.dtype)
@@ -123,6 +146,7 @@ class Engine:
         for sequence in self._running:
             self._recomputed += sequence.cached
             sequence.cached = 0
+            sequence.experts.clear()
 
     @property
     def busy(self) -> bool:
@@ -177,6 +201,7 @@ class Engine:
                 self._cache.reserve(shared)
                 self._cache.unpark(row, parked.cache, shared)
                 sequence.cached = shared
+                sequence.experts = parked.experts[:shared]
                 self._reused += shared
         self._borrow(row)
 
@@ -189,6 +214,7 @@ class Engine:
             self._cache.copy(source, row, shared)
             self._reused += shared - sequence.cached
             sequence.cached = shared
+            sequence.experts = self._running[source].experts[:shared]
 
     def _without_overlap(self, rows: list[int]) -> tuple[list[int], list[int]]:
         """Rows to compute now, and those that will find part of what they need computed by one of them."""
@@ -204,7 +230,8 @@ class Engine:
     def _leave(self, row: int, *, park: bool) -> None:
         sequence = self._running[row]
         if park and sequence.cached:
-            parked = _Parked(sequence.tokens[: sequence.cached], self._cache.park(row, sequence.cached))
+            keys_values = self._cache.park(row, sequence.cached)
+            parked = _Parked(sequence.tokens[: sequence.cached], keys_values, sequence.experts)
             self._parked[sequence.request.session] = parked
             if len(self._parked) > self._parked_limit:
                 self._parked.popitem(last=False)
@@ -243,14 +270,19 @@ class Engine:
         end = max(s + n for s, n in zip(start_B, count_B, strict=True))
         position_BQ = position_BQ.clamp(max=end - 1)  # padding after a long row must not pass the model's last position
         mask_B1QT = (torch.arange(end) <= position_BQ[:, :, None])[:, None]
-        output = hidden_states(
-            self.model,
-            input_ids=ids_BQ,
-            position_ids=position_BQ,
-            attention_mask=mask_B1QT,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with record_routing(self.model) if self._record_routing else nullcontext() as routing:
+            output = hidden_states(
+                self.model,
+                input_ids=ids_BQ,
+                position_ids=position_BQ,
+                attention_mask=mask_B1QT,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        if routing is not None:
+            experts_BQLJ = routing.take().permute(1, 2, 0, 3).to(self._experts_dtype).numpy()
+            for sequence, experts_QLJ, count in zip(sequences, experts_BQLJ, count_B, strict=True):
+                sequence.experts += list(experts_QLJ[:count])
         last_BD = output.last_hidden_state[torch.arange(len(rows)), torch.tensor(count_B) - 1]
         logits_BV = self.model.get_output_embeddings()(last_BD)
         settings = [s.request.sampling for s in sequences]
