@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from ale.actors.env_manager import EnvManager
+from ale.actors.env_manager import EnvManager, Play
 from ale.actors.evaluation import evaluate_tasks, rate
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
@@ -26,7 +26,6 @@ from ale.agent.episode import demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
 from ale.data.run_folder import RunFolder
-from ale.envs.env import Env
 from ale.envs.source import Source
 from ale.envs.terminal import TerminalEnv
 from ale.errors import ConfigError, LearnerError
@@ -43,7 +42,7 @@ from ale.models.load import load_tokenizer
 from ale.policy.embedded import EmbeddedPolicy, open_embedded
 from ale.process import WorkerProcess
 from ale.progress import Phase, Progress, Rate
-from ale.sandbox import SandboxEngine, open_engine
+from ale.sandbox import Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
 from ale.task import Task
 
@@ -95,16 +94,32 @@ class Run:
             threads=self.config.model.threads,
             rows=self.config.rollout.concurrency,
         )
-        async with open_embedded(settings) as policy:
+        async with open_embedded(settings) as policy, self._agent(policy, model) as play:
             self._policy = policy
             manager = EnvManager(
-                policy, self._environment, self._chat, self.config.agent, concurrency=self.config.rollout.concurrency
+                policy,
+                self._environment,
+                self._chat,
+                self.config.agent,
+                concurrency=self.config.rollout.concurrency,
+                play=play,
             )
             await self._supervisor.start(manager)
             try:
                 yield policy
             finally:
                 await self._supervisor.stop(manager)
+
+    @asynccontextmanager
+    async def _agent(self, policy: EmbeddedPolicy, model: Path) -> AsyncIterator[Play | None]:
+        """How episodes are played where the agent is a program of its own; None: by the built-in loop."""
+        if self.config.agent.kind == "builtin":
+            yield None
+            return
+        from ale.proxy.command import open_command_agent  # needs the extra `proxy`
+
+        async with open_command_agent(policy, load_tokenizer(model), self._environment, self.config) as agent:
+            yield agent.play
 
     @asynccontextmanager
     async def learner_process(self, model: Path) -> AsyncIterator[WorkerProcess]:
@@ -199,7 +214,7 @@ class Run:
         waits = tuple(f"{w.who}: {w.what}" for w in islice(busy, 3))
         return Progress(phase=phase, step=step, total=total, values=values, waits=waits)
 
-    def _environment(self, task: Task) -> Env:
+    def _environment(self, task: Task) -> TerminalEnv:
         c = self.config
         return TerminalEnv(
             msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
@@ -209,6 +224,7 @@ class Run:
             max_output_chars=c.agent.max_output_chars,
             command_timeout_s=c.agent.command_timeout_s,
             label=c.name,
+            mounts=tuple(Mount(os.path.abspath(source), target) for source, target in c.agent.mounts.items()),
         )
 
     async def _demonstrations(self, source: Source, tell: Report) -> list[Demonstration]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from ale.actor import Actor
 from ale.agent.chat import Chat
@@ -27,18 +27,33 @@ def rollout_deadline_s(config: RunConfig) -> float:
     return config.agent.episode_timeout_s * rounds + _SLACK_S
 
 
+Play = Callable[[Rollout], Awaitable[Trajectory]]
+
+
 class EnvManager(Actor):
+    """`play` None: episodes are those of the built-in agent loop."""
+
     def __init__(
-        self, policy: Policy, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig, *, concurrency: int
+        self,
+        policy: Policy,
+        make_env: Callable[[Task], Env],
+        chat: Chat,
+        limits: AgentConfig,
+        *,
+        concurrency: int,
+        play: Play | None = None,
     ) -> None:
         super().__init__("envs", capacity=4 * concurrency, concurrency=concurrency)
         self._policy = policy
         self._make_env = make_env
         self._chat = chat
         self._limits = limits
+        self._play = play
 
     async def receive(self, message: Message) -> Trajectory | None:
         match message:
+            case Rollout() if self._play is not None:
+                return await self._play(message)
             case Rollout():
                 return await run_episode(message, self._policy, self._make_env, self._chat, self._limits)
             case _:

@@ -98,7 +98,9 @@ def read(body: bytes) -> tuple[Want, Messages]:
 def _tool(number: int, tool: _Tool) -> dict[str, Any]:
     if tool.input_schema is None or tool.type not in (None, "custom"):
         kind = tool.type or "a tool without input_schema"
-        raise Refusal(400, f"tools.{number}: only tools with an input_schema are supported, not {kind!r}", param="tools")
+        raise Refusal(
+            400, f"tools.{number}: only tools with an input_schema are supported, not {kind!r}", param="tools"
+        )
     schema_depth(tool.input_schema, f"tools.{number}.input_schema")
     function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
     return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}

@@ -199,6 +199,7 @@ class App:
 
     def _models(self, path: str, api: str) -> bytes:
         name = self._model
+        model: dict[str, Any]
         if api == "anthropic":
             model = {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
             listed = {"data": [model], "has_more": False, "first_id": name, "last_id": name}

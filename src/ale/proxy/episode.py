@@ -1,8 +1,8 @@
 """One agent's episode at the proxy: its key, what it may still use, and the record of what it was given.
 
-    with proxy.episode("g3/1", limits=Limits(max_requests=40)) as episode:
-        ... an agent runs with OPENAI_BASE_URL=proxy.url and OPENAI_API_KEY=episode.key ...
-    trajectories = sequences(episode.tree, ...)
+with proxy.episode("g3/1", limits=Limits(max_requests=40)) as episode:
+    ... an agent runs with OPENAI_BASE_URL=proxy.url and OPENAI_API_KEY=episode.key ...
+trajectories = sequences(episode.tree, ...)
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class Episode:
         """The requests under way."""
         self.over = asyncio.Event()
         self.over_because: str | None = None
+        self.failed: str | None = None
+        """Why the engine failed a request, the last time that it did: such an episode must not be trained on."""
         self._reserved = 0
         self._ends = time.monotonic() + limits.time_s
 
@@ -101,9 +103,7 @@ class Episode:
         self.usage.requests += 1
 
     def refusal(self) -> Refusal:
-        return Refusal(
-            403, f"the episode is over: {self.over_because}", kind="permission_error", code="episode_over"
-        )
+        return Refusal(403, f"the episode is over: {self.over_because}", kind="permission_error", code="episode_over")
 
     def reserve(self, wanted: int) -> int:
         """Sets up to `wanted` tokens aside for one answer; give them back with `settle`. Raises `Refusal` at 0."""

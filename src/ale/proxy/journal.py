@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -74,8 +75,6 @@ class Recorded:
 
 def _key(path: str, body: bytes) -> bytes:
     """Requests are equal when their JSON is: order of keys and white space between them do not count."""
-    try:
+    with suppress(orjson.JSONDecodeError):  # what is no JSON is compared as it is
         body = orjson.dumps(orjson.loads(body), option=orjson.OPT_SORT_KEYS)
-    except orjson.JSONDecodeError:
-        pass
     return hashlib.blake2b(path.encode() + b"\0" + body, digest_size=16).digest()

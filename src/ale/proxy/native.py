@@ -129,6 +129,8 @@ class _Answer:
             if isinstance(error, TimeoutError) and episode.time_left_s <= 0:
                 episode.end(f"it has used its {episode.limits.time_s:g} s")
                 raise episode.refusal() from error
+            if isinstance(error, AleError | TimeoutError):
+                episode.failed = f"{type(error).__name__}: {error}"
             if isinstance(error, DeadlineExceeded | TimeoutError):
                 raise Refusal(504, f"the engine gave no answer in time: {error}", kind="server_error") from error
             if isinstance(error, PolicyError):
@@ -233,9 +235,7 @@ class _Answer:
         heard = native.speech.read(text, self._tools, final=True)
         calls = heard.calls if want.parallel_calls else heard.calls[:1]
         length = not ended and stopped_at is None
-        ending: Ending = (
-            "cut" if length else "malformed" if heard.malformed else "call" if calls else "answer"
-        )
+        ending: Ending = "cut" if length else "malformed" if heard.malformed else "call" if calls else "answer"
         shown_text = heard.text.removeprefix(want.prefix)
         said = Said(
             text=shown_text,

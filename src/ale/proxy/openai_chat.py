@@ -180,7 +180,9 @@ def _entry(number: int, m: _Message) -> Entry:
 def parts_text(content: str | list[Part] | None, where: str) -> str:
     if isinstance(content, str) or content is None:
         return content or ""
-    return "".join(text_of(part.type, part.text or part.refusal, f"{where}.content[{i}]") for i, part in enumerate(content))
+    return "".join(
+        text_of(part.type, part.text or part.refusal, f"{where}.content[{i}]") for i, part in enumerate(content)
+    )
 
 
 class Chat:
@@ -221,7 +223,9 @@ class Chat:
                 events.append(self._chunk(i, {"tool_calls": calls}))
             events.append(self._chunk(i, {}, said.finish, _logprobs(said)))
         if self._usage:
-            events.append(event({"object": "chat.completion.chunk", **self._head, "choices": [], "usage": usage(answers)}))
+            events.append(
+                event({"object": "chat.completion.chunk", **self._head, "choices": [], "usage": usage(answers)})
+            )
         return b"".join([*events, self.done])
 
     def _chunk(self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:

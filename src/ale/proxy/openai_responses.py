@@ -125,7 +125,9 @@ def _entries(items: Sequence[_Item]) -> list[Entry]:
         elif item.type == "message" and item.role in _ROLES:
             found.append(Entry(_ROLES[item.role], parts_text(item.content, where)))
         else:
-            raise Refusal(400, f"{where}: items of type {item.type!r}, role {item.role!r} are not supported", param=where)
+            raise Refusal(
+                400, f"{where}: items of type {item.type!r}, role {item.role!r} are not supported", param=where
+            )
     return [*found, *_turn(own, len(items))]
 
 
@@ -148,7 +150,7 @@ class Responses:
         self._items = 0
         self._thought_at: int | None = None
         self._id = secrets.token_hex(12)
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"resp_{self._id}",
             "object": "response",
             "created_at": int(time.time()),
@@ -181,7 +183,10 @@ class Responses:
                 out += self._added(self._thought_at, self._thought(""))
                 part = {"type": "summary_text", "text": ""}
                 out += self._event(
-                    "response.reasoning_summary_part.added", **self._at("rs", self._thought_at), summary_index=0, part=part
+                    "response.reasoning_summary_part.added",
+                    **self._at("rs", self._thought_at),
+                    summary_index=0,
+                    part=part,
                 )
             out += self._event(
                 "response.reasoning_summary_text.delta",
@@ -225,9 +230,7 @@ class Responses:
             at = {"item_id": item["id"], "output_index": number}
             out += self._added(number, {**item, "arguments": "", "status": "in_progress"})
             out += self._event("response.function_call_arguments.delta", **at, delta=call.arguments)
-            out += self._event(
-                "response.function_call_arguments.done", **at, name=call.name, arguments=call.arguments
-            )
+            out += self._event("response.function_call_arguments.done", **at, name=call.name, arguments=call.arguments)
             out += self._done(number, item)
         response = self._response(said, self._output(said))
         kind = "response.incomplete" if said.finish == "length" else "response.completed"

@@ -1,8 +1,8 @@
 """The proxy, listening: on a unix socket (for sandboxes without a network), on a loopback port, or on both.
 
-    async with open_proxy(train_mode(policy, tokenizer), socket=path, port=0) as proxy:
-        async with proxy.episode("g3/1") as episode:
-            ... OPENAI_BASE_URL=proxy.url/v1, OPENAI_API_KEY=episode.key ...
+async with open_proxy(train_mode(policy, tokenizer), socket=path, port=0) as proxy:
+    async with proxy.episode("g3/1") as episode:
+        ... OPENAI_BASE_URL=proxy.url/v1, OPENAI_API_KEY=episode.key ...
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def _serving(app: App, listening: list[sockets.socket]) -> AsyncIterator[None]:
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # an ASGI application by its call
+        app,
         http="httptools",
         ws="none",
         lifespan="off",

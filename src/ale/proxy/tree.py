@@ -35,6 +35,9 @@ Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
+_NOT_SEEN = Entry("assistant")
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """What the policy sampled in one turn, piece after piece, and nothing else."""
@@ -61,7 +64,7 @@ class Node:
     ending: Ending
     lane: str
     """The session of the policy that generated it: its KV cache ends with this turn, unless another went on."""
-    said: Entry = Entry("assistant")
+    said: Entry = _NOT_SEEN
     children: list[Node] = field(default_factory=list)
 
     def path(self) -> list[Node]:
