@@ -161,7 +161,7 @@ ACTS = (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(acts=st.lists(st.sampled_from(ACTS), min_size=1, max_size=14), seed=st.integers(0, 2**32))
 def test_every_token_on_record_is_one_that_was_sampled_and_is_trained_once(
     nano_path: Any, acts: list[str], seed: int
