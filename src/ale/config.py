@@ -47,11 +47,17 @@ class WarmStartConfig(_Section, frozen=True):
     """Supervised updates on a fixed, small set of oracle demonstrations before any reinforcement learning."""
 
     steps: int = 0
+    stop_at: float = 0.0
+    """End before `steps` once this share of 64 training tasks, drawn for this and not demonstrated, is solved; 0: do
+    not look. Imitation needs more or fewer steps from seed to seed before anything succeeds, and then gets it fast."""
     demonstrations: int = 256
     """Demonstrations of each family that has no entry in `by_family`, spread evenly: this is the total."""
     by_family: dict[str, int] = {}
     batch: int = 16
     learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    eval_every: int = 0
+    """Steps between evaluations on the held-out tasks while imitating; 0: none."""
 
 
 class AgentConfig(_Section, frozen=True):
@@ -172,6 +178,9 @@ class RunConfig(_Section, frozen=True):
             (self.tasks.heldout, "tasks.heldout"),
             (self.tasks.families, "tasks.families"),
             (self.warm_start.steps, "warm_start.steps"),
+            (self.warm_start.stop_at, "warm_start.stop_at"),
+            (self.warm_start.weight_decay, "warm_start.weight_decay"),
+            (self.warm_start.eval_every, "warm_start.eval_every"),
             (self.warm_start.learning_rate, "warm_start.learning_rate"),
         ):
             if not value >= 0:  # TOML knows nan

@@ -264,6 +264,7 @@ class Imitate(Request[StepMetrics], frozen=True):
 
     demonstrations: tuple[Demonstration, ...]
     learning_rate: float
+    weight_decay: float = 0.0
 
 
 class SaveCheckpoint(Request[None], frozen=True):

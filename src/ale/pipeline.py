@@ -41,7 +41,7 @@ async def train(config: RunConfig, *, report: Report | None = None, overwrite: b
     with RunFolder(config, overwrite=overwrite) as folder:
         model = await _model_directory(config, source, folder.model)
         async with Run.open(config, model) as run, run.learner_process(model) as learner:
-            await run.warm_start(learner, source, tell)
+            await run.warm_start(learner, source, tell, folder)
             before = await run.evaluate(source.heldout, "heldout_before", tell, folder)
             families_before = await run.evaluate(source.families, "families_before", tell, folder)
             ledger, lag_seen, tokens = Ledger(), 0, 0

@@ -50,6 +50,9 @@ Report = Callable[[Progress], None]
 _OPEN_DEADLINE_S = 300.0
 _GRADERS = 4
 _WARM_UP_STEPS = 20
+# How often, and on how many training tasks, the warm start looks whether `stop_at` is reached.
+_CHECK_EVERY = 25
+_CHECK_TASKS = 64
 # Tasks looked at for each demonstration wanted, before the stream is said to lack them.
 _LOOK_AT_MOST = 50
 
@@ -144,21 +147,31 @@ class Run:
             async with self.engine_process(model):
                 yield learner
 
-    async def warm_start(self, learner: WorkerProcess, source: Source, tell: Report) -> None:
+    async def warm_start(self, learner: WorkerProcess, source: Source, tell: Report, folder: RunFolder) -> None:
         """Supervised updates on demonstrations (eq. 1), then the weights go to the policy."""
         c = self.config.warm_start
         if c.steps:
             demonstrations = await self._demonstrations(source, tell)
+            looked_at = tuple(islice(source.train, _CHECK_TASKS)) if c.stop_at else ()
             rng, order = random.Random(self.config.seed), list[Demonstration]()
             for step in range(1, c.steps + 1):
                 if len(order) < c.batch:
                     order = rng.sample(demonstrations, len(demonstrations))
                 batch = tuple(order.pop() for _ in range(min(c.batch, len(order))))
                 rate = c.learning_rate * min(1.0, step / _WARM_UP_STEPS)
-                request = Imitate(demonstrations=batch, learning_rate=rate)
+                request = Imitate(demonstrations=batch, learning_rate=rate, weight_decay=c.weight_decay)
                 metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
                 tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
-            await self.policy.load_weights(metrics.version, metrics.slot)
+                check = c.stop_at > 0 and step % _CHECK_EVERY == 0
+                evaluation = c.eval_every > 0 and step % c.eval_every == 0
+                if check or evaluation or step == c.steps:
+                    await self.policy.load_weights(metrics.version, metrics.slot)
+                if evaluation:
+                    await self.evaluate(source.heldout, f"warm_start_{step}", tell, folder)
+                if check:
+                    seen = await self.evaluate(looked_at, f"warm_start_check_{step}", tell, folder)
+                    if seen is not None and seen.success >= c.stop_at:
+                        break
         await learner.ask(StartPolicyOptimization(), deadline_s=self.config.learner.step_deadline_s)
 
     async def optimise(

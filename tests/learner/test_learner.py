@@ -405,6 +405,23 @@ def test_the_warm_start_leaves_no_optimizer_state_behind(nano_path: Path, make_l
         torch.testing.assert_close(a, b, atol=1e-7, rtol=0, msg=name)
 
 
+def test_weight_decay_in_the_warm_start_shrinks_matrices_and_leaves_gains_alone(
+    nano_path: Path, make_learner: MakeLearner
+) -> None:
+    rng = np.random.default_rng(0)
+    shown = demonstrations(rng.integers(10, 300, (4, 20)).tolist(), Chunk(5, 12, "call"))
+    started = weights(load_model(nano_path))
+    free, decayed = make_learner(load_model(nano_path)), make_learner(load_model(nano_path))
+    free.imitate(shown, 1e-2)
+    decayed.imitate(shown, 1e-2, 0.5)
+    after = weights(decayed.model)
+    for name, without in weights(free.model).items():
+        shrunk = without - 1e-2 * 0.5 * started[name] if without.dim() > 1 else without
+        torch.testing.assert_close(after[name], shrunk, atol=1e-6, rtol=0, msg=name)
+    decayed.start_policy_optimization()
+    assert [group["weight_decay"] for group in decayed.optimizer.param_groups] == [0.0, 0.0]
+
+
 def test_a_checkpoint_loads_with_identical_logits(nano: Any, make_learner: MakeLearner, tmp_path: Path) -> None:
     learner = make_learner(nano, learning_rate=1e-2)
     learner.learn(make_samples(nano))

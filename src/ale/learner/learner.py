@@ -75,9 +75,14 @@ class Learner:
         self.slot = ring.publish(0, model)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
+        """Weight decay draws matrices towards zero; gains and biases, which have one axis, are left alone."""
         s = self.settings
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
         return torch.optim.AdamW(
-            self.model.parameters(), lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay
+            [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=s.learning_rate,
+            betas=(s.beta1, s.beta2),
         )
 
     def start_policy_optimization(self) -> None:
@@ -85,8 +90,11 @@ class Learner:
         self.optimizer = self._new_optimizer()
         self._steps = 0
 
-    def imitate(self, demonstrations: Sequence[Demonstration], learning_rate: float) -> StepMetrics:
+    def imitate(
+        self, demonstrations: Sequence[Demonstration], learning_rate: float, weight_decay: float = 0.0
+    ) -> StepMetrics:
         """One supervised update (eq. 1, 2): error and task masks decide which chunks carry loss."""
+        self.optimizer.param_groups[0]["weight_decay"] = weight_decay
         batches = split(
             [d.tokens_T for d in demonstrations], [d.chunks for d in demonstrations], self.settings.micro_tokens
         )

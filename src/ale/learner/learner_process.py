@@ -41,8 +41,8 @@ def _handle(learner: Learner, request: object) -> msgspec.Struct | None:
     match request:
         case TrainStep(samples=samples):
             return learner.learn(samples)
-        case Imitate(demonstrations=demonstrations, learning_rate=learning_rate):
-            return learner.imitate(demonstrations, learning_rate)
+        case Imitate():
+            return learner.imitate(request.demonstrations, request.learning_rate, request.weight_decay)
         case StartPolicyOptimization():
             learner.start_policy_optimization()
             return None
