@@ -46,11 +46,8 @@ class Link(asyncio.Protocol):
         self._channel = channel
         self._decoder = Decoder()
         self.transport: asyncio.Transport | None = None
-        self.risen = asyncio.Event()
-
-    @property
-    def up(self) -> bool:
-        return self.risen.is_set()
+        self.up = False
+        self.settled = asyncio.Event()  # up, or lost before that
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -245,7 +242,8 @@ class Channel:
     # -- the connection
 
     def _up(self, link: Link, highest: int) -> None:
-        link.risen.set()
+        link.up = True
+        link.settled.set()
         for stream in self._unheard:
             self.post(RESET, stream)
         self._unheard.clear()
@@ -270,17 +268,24 @@ class Channel:
             if stream.number not in self._listeners:
                 stream.fail(error)
                 self.settle(stream)
-        if self._reconnect is None or not link.up:
+        link.settled.set()
+        if self._mending is not None and not self._mending.done():
+            return  # which tries again
+        if self._reconnect is None or not self.ready.done():
             self.fail(SandboxError("the sandbox's agent has ended"), gone=True)
         else:
             self._mending = asyncio.ensure_future(self._mend(self._reconnect))
 
     async def _mend(self, reconnect: Reconnect) -> None:
+        """Connects until the rocklet answers. One that has ended is told by its door, when the kernel shuts that."""
         try:
             async with asyncio.timeout(RECONNECT_S):
-                link = await self._connect(await reconnect())
+                up = False
+                while not up:
+                    link = await self._connect(await reconnect())
+                    await link.settled.wait()
+                    up = link.up
                 self.reconnects += 1
-                await link.risen.wait()
         except (SandboxError, OSError, TimeoutError):
             self.fail(SandboxError("the sandbox's agent has ended"), gone=True)
 

@@ -160,9 +160,9 @@ class RockletClient:
                 on_incoming=on_incoming,
             )
         except SandboxError as error:
-            if not self.channel.broken:  # only the connection was, and it is being mended
-                raise
-            raise await self._life.cause() or error from error
+            if self.channel.broken and (cause := await self._life.cause()) is not None:
+                raise cause from error
+            raise  # or only the connection broke, and is being mended
 
     # -- failures
 
@@ -170,7 +170,9 @@ class RockletClient:
         try:
             return await self.channel.request(kind, *fields, expected=expected, deadline_s=deadline_s)
         except SandboxError as error:
-            raise await self._life.cause() or error from error
+            if (cause := await self._life.cause()) is not None:
+                raise cause from error
+            raise
 
     @contextmanager
     def _believing(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator, Callable
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from ale.sandbox.stream import Stream
 
 T = TypeVar("T")
 
+_BATCH = 8  # pieces that are read at a time: each turn on a thread costs
 STALL_S = 60.0  # how long a transfer may stand still
 
 
@@ -24,8 +26,8 @@ async def upload(stream: Stream, source: Path) -> None:
     """Sends a file or tree of the host. Raises OSError of either side."""
     pieces = pack_tree(os.fsencode(source), strict=True)
     try:
-        while (piece := await shielded(asyncio.to_thread(next, pieces, None))) is not None:
-            await stream.write(piece, STALL_S)
+        while batch := await shielded(asyncio.to_thread(lambda: b"".join(islice(pieces, _BATCH)))):
+            await stream.write(batch, STALL_S)
         await stream.finish(STALL_S)
     finally:
         stream.reset()

@@ -69,6 +69,7 @@ class Rocklet:
         self.outbox = bytearray()
         self.highest = 0  # request seen
         self.answers: dict[int, bytes] = {}  # not yet acknowledged
+        self.told: set[int] = set()  # those of them that went over the present connection
         self.streams: dict[int, Stream] = {}
         self.incoming = FIRST_INCOMING
         self.running = True
@@ -118,6 +119,7 @@ class Rocklet:
     # -- the connection
 
     def meet(self) -> None:
+        self.told.clear()
         posix.set_blocking(self.connection, False)
         self.watch(self.connection, select.POLLIN, self.on_connection)
         self.send(READY, 0, self.highest)
@@ -189,15 +191,21 @@ class Rocklet:
 
     def answer(self, number: int, kind: int, *fields: bytes | int) -> None:
         """Answers a request, once and for all: kept until it is acknowledged."""
-        self.answers[number] = frame = pack(kind, number, *fields)
-        self.post(frame)
+        self.answers[number] = pack(kind, number, *fields)
+        self.tell(number)
+
+    def tell(self, number: int) -> None:
+        if self.connection >= 0 and number not in self.told:
+            self.told.add(number)
+            self.post(self.answers[number])
 
     def take(self, kind: int, number: int, fields: list[bytes]) -> None:
         if kind == ACK:
             self.answers.pop(number, None)
+            self.told.discard(number)
         elif kind == ASK:
             if number in self.answers:
-                self.post(self.answers[number])
+                self.tell(number)
             elif not self.commands.runs(number):
                 self.send(FAILED, number, _ESTALE, b"nothing is known of this request")
         elif kind == CANCEL:

@@ -248,7 +248,9 @@ class TreeWriter:
     def _end(self, entry: Entry) -> None:
         self.entry = None
         if entry.kind == b"l":
-            posix.symlink(self.target, self._path(entry))
+            path = self._path(entry)
+            posix.symlink(self.target, path)
+            posix.utime(path, ns=(entry.mtime_ns, entry.mtime_ns), follow_symlinks=False)
         else:
             self.close()
             self._settle(entry)

@@ -44,7 +44,7 @@ INCOMING = 71  # [number of the listener] a new stream
 
 HEADER_BYTES = 5  # kind and number
 PIECE_BYTES = 65536
-WINDOW = 4 * PIECE_BYTES
+WINDOW = 8 * PIECE_BYTES
 FIRST_INCOMING = 1 << 31
 MAX_INCOMING = 64  # connections through one listener at once; more are refused inside
 MAX_SESSION_BYTES = 1 << 20
