@@ -109,7 +109,8 @@ async def test_a_terminal_takes_keys_and_shows_a_screen(engine: SandboxEngine) -
         seen = await until(terminal, "20 60")
         assert len(await terminal.screen()) == 20
         assert "10 40" not in seen
-        await terminal.send("sleep 1000\n")
+        await terminal.send("sh -c 'echo r$((1 + 1))dy; exec sleep 1000'\n")
+        await until(terminal, "r2dy")  # a Ctrl-C before that would only empty the line
         await terminal.send("\x03")
         await terminal.send("echo b$((1 + 1))ck; exit 7\n")
         await until(terminal, "b2ck")
