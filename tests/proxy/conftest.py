@@ -40,9 +40,7 @@ def openai_client(proxy: Proxy, key: str, **options: Any) -> openai.AsyncOpenAI:
 
 
 def anthropic_client(proxy: Proxy, key: str, **options: Any) -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(
-        base_url=str(proxy.url), api_key=key, **{"max_retries": 0, "timeout": 20} | options
-    )
+    return anthropic.AsyncAnthropic(base_url=str(proxy.url), api_key=key, **{"max_retries": 0, "timeout": 20} | options)
 
 
 Serve = Callable[..., AbstractAsyncContextManager[tuple[Proxy, Episode]]]

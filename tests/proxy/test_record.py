@@ -11,12 +11,11 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ale.messages import Rollout, Sampling
-from ale.proxy.episode import Episode, Limits
+from ale.proxy.episode import Episode
 from ale.proxy.sequences import trajectory
 from ale.proxy.server import Proxy, train_mode
 from ale.task import Task
@@ -156,9 +155,22 @@ class Agent:
         line += results or [{"role": "user", "content": self.rng.choice(["Go on.", "No.", "<|end|> you say"])}]
 
 
-ACTS = (
-    "append append append parallel retry edit compact sub-agent white_space foreign choices stop stream abort".split()
-)
+ACTS = [
+    "append",
+    "append",
+    "append",
+    "parallel",
+    "retry",
+    "edit",
+    "compact",
+    "sub-agent",
+    "white_space",
+    "foreign",
+    "choices",
+    "stop",
+    "stream",
+    "abort",
+]
 
 
 @settings(max_examples=40, deadline=None)
@@ -166,7 +178,7 @@ ACTS = (
 def test_every_token_on_record_is_one_that_was_sampled_and_is_trained_once(
     nano_path: Any, acts: list[str], seed: int
 ) -> None:
-    tokenizer, policy, proxy = made(nano_path, TAGS_TEMPLATE if seed % 2 else None)
+    policy, proxy = made(nano_path, TAGS_TEMPLATE if seed % 2 else None)
 
     async def scenario() -> None:
         async with proxy.episode("g/0", sampling=Sampling(seed=seed % 1000)) as episode:
@@ -186,7 +198,7 @@ def test_every_token_on_record_is_one_that_was_sampled_and_is_trained_once(
 _MADE: dict[str, Any] = {}
 
 
-def made(path: Any, template: str | None) -> tuple[Any, RandomPolicy, Proxy]:
+def made(path: Any, template: str | None) -> tuple[RandomPolicy, Proxy]:
     from ale.models.load import load_tokenizer
 
     tokenizer = _MADE.setdefault(str(template), load_tokenizer(path))
@@ -195,4 +207,4 @@ def made(path: Any, template: str | None) -> tuple[Any, RandomPolicy, Proxy]:
     calls = tokenizer('<tool_call>{"name": "bash", "arguments": {"command": "ls"}}</tool_call>').input_ids
     fence = tokenizer("```bash\nls\n```").input_ids
     policy = RandomPolicy([*range(len(tokenizer) - 2), *calls, *fence], tokenizer.eos_token_id)
-    return tokenizer, policy, Proxy(train_mode(policy, tokenizer, places=2), "m")
+    return policy, Proxy(train_mode(policy, tokenizer, places=2), "m")

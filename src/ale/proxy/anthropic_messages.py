@@ -152,7 +152,7 @@ def _json(value: Any) -> str:
 
 
 class Messages:
-    """Writes the answer to one request. A stream opens a block when something for it comes, and closes it at the end."""
+    """Writes the answer to one request. In a stream, a block opens when something for it comes."""
 
     def __init__(self, model: str) -> None:
         self._model = model

@@ -112,8 +112,10 @@ class App:
         self._model = model
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # there are no web sockets here, and nothing to start
-            return
+        if scope["type"] == "http":  # there are no web sockets here, and nothing to start
+            await self._request(scope, receive, send)
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         api = "anthropic" if path.startswith("/v1/messages") or "anthropic-version" in headers else "openai"

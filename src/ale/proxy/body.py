@@ -20,7 +20,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        said, _, where = str(error).partition(" - at `$")
+        _, _, where = str(error).partition(" - at `$")
         raise Refusal(400, str(error), param=where.strip("`.") or None) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Refusal(400, f"the body is not valid JSON: {error}") from error
