@@ -228,20 +228,45 @@ def main() -> None:
         with server("deploy", dummy["url"], key=dummy["keys"][0]) as deploy:
             if binary is None:
                 print("LiteLLM is not measured: ALE_LITELLM names no `litellm` binary.", file=sys.stderr)
-                bench.latency("train_p50_one_at_a_time", ours=lambda: p50(ours["url"], ours["keys"]), baseline=None,
-                              against=None, unit="ms")  # fmt: skip
-                bench.rate("train_64_way", ours=lambda: rate(ours["url"], ours["keys"]), baseline=None, against=None,
-                           unit="requests/s")  # fmt: skip
-                bench.rate("deploy_64_way", ours=lambda: rate(deploy["url"], deploy["keys"]), baseline=None,
-                           against=None, unit="requests/s")  # fmt: skip
+                bench.latency(
+                    "train_p50_one_at_a_time",
+                    ours=lambda: p50(ours["url"], ours["keys"]),
+                    baseline=None,
+                    against=None,
+                    unit="ms",
+                )
+                bench.rate(
+                    "train_64_way",
+                    ours=lambda: rate(ours["url"], ours["keys"]),
+                    baseline=None,
+                    against=None,
+                    unit="requests/s",
+                )
+                bench.rate(
+                    "deploy_64_way",
+                    ours=lambda: rate(deploy["url"], deploy["keys"]),
+                    baseline=None,
+                    against=None,
+                    unit="requests/s",
+                )
             else:
                 with litellm(binary, dummy["url"], dummy["keys"][0]) as theirs:
                     for name, where in (("train", ours), ("deploy", deploy)):
                         url, keys = where["url"], where["keys"]
-                        bench.latency(f"{name}_p50_one_at_a_time", ours=lambda url=url, keys=keys: p50(url, keys),
-                                      baseline=lambda: p50(theirs, ["any"]), against="LiteLLM", unit="ms")  # fmt: skip
-                        bench.rate(f"{name}_64_way", ours=lambda url=url, keys=keys: rate(url, keys),
-                                   baseline=lambda: rate(theirs, ["any"]), against="LiteLLM", unit="requests/s")  # fmt: skip
+                        bench.latency(
+                            f"{name}_p50_one_at_a_time",
+                            ours=lambda url=url, keys=keys: p50(url, keys),
+                            baseline=lambda: p50(theirs, ["any"]),
+                            against="LiteLLM",
+                            unit="ms",
+                        )
+                        bench.rate(
+                            f"{name}_64_way",
+                            ours=lambda url=url, keys=keys: rate(url, keys),
+                            baseline=lambda: rate(theirs, ["any"]),
+                            against="LiteLLM",
+                            unit="requests/s",
+                        )
 
         # A thousand episodes stream at once from an engine that takes a second for each turn.
         with server("train", pause_s=1.0, episodes=STREAMS) as many:

@@ -110,7 +110,7 @@ def test_a_streamed_chat_says_the_same_as_a_whole_one(serve: Serve, chat: Chat) 
     async def scenario() -> None:
         async with serve(Slices(chat, text, LS)) as (proxy, episode), openai_client(proxy, episode.key) as client:
             stream = await client.chat.completions.create(
-                model="m", messages=GO, stream=True, stream_options={"include_usage": True}
+                model="m", messages=GO, tools=TOOLS, stream=True, stream_options={"include_usage": True}
             )
             chunks = [chunk async for chunk in stream]
             pieces = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
@@ -251,9 +251,9 @@ def test_anthropics_stream_prefill_and_stop_sequences(serve: Serve, chat: Chat) 
             serve(Slices(chat, LS, "lue STOP x", "end")) as (proxy, episode),
             anthropic_client(proxy, episode.key) as client,
         ):
-            ask: dict[str, Any] = {"model": "m", "max_tokens": 60}
+            ask: dict[str, Any] = {"model": "m", "max_tokens": 60, "tools": ANTHROPIC_TOOLS}
             messages: list[Any] = [{"role": "user", "content": "Go."}]
-            async with client.messages.stream(messages=messages, tools=ANTHROPIC_TOOLS, **ask) as stream:
+            async with client.messages.stream(messages=messages, **ask) as stream:
                 text = "".join([piece async for piece in stream.text_stream])
                 final = await stream.get_final_message()
             assert (text, final.content[1].input) == ("I look.\n", {"command": "ls -l"})
@@ -304,7 +304,7 @@ def test_plain_completions_go_on_from_text_or_ids(serve: Serve, chat: Chat, nano
             two = await client.completions.create(model="m", prompt="oak fox elm", stream=True)
             assert "".join([c.choices[0].text async for c in two]) == "owl"
             first, second = episode.tree.nodes
-            assert second.parent is first
+            assert second.fresh_P.tolist() == [*first.tokens_T().tolist()[:-1], *chat.spoken(" elm")[:-1]]
             ids = second.tokens_T().tolist()
             await client.completions.create(model="m", prompt=[*ids, 7])
             assert episode.tree.nodes[2].parent is second

@@ -155,7 +155,7 @@ class Agent:
         line += results or [{"role": "user", "content": self.rng.choice(["Go on.", "No.", "<|end|> you say"])}]
 
 
-ACTS = [
+ACTS = (
     "append",
     "append",
     "append",
@@ -164,13 +164,13 @@ ACTS = [
     "edit",
     "compact",
     "sub-agent",
-    "white_space",
+    "white space",
     "foreign",
     "choices",
     "stop",
     "stream",
     "abort",
-]
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -188,7 +188,7 @@ def test_every_token_on_record_is_one_that_was_sampled_and_is_trained_once(
             ) as client:
                 agent = Agent(client, random.Random(seed))
                 for act in acts:
-                    await agent.step(act.replace("_", " "))
+                    await agent.step(act)
             assert not episode.busy_lanes
         check_record(episode, policy)
 

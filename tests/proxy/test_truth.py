@@ -56,7 +56,7 @@ def test_recorded_log_probabilities_are_those_of_the_training_forward(
         async with proxy.episode("g/0", sampling=sampling, pinned=True) as episode:
             agent = Agent(without_a_socket(proxy, episode.key), random.Random(1))
             for act in acts:
-                await agent.step(act.replace("_", " "))
+                await agent.step(act)
             await agent.client.close()
         return episode
 

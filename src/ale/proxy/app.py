@@ -37,6 +37,10 @@ PATHS = {
 }
 
 
+class ReaderGone(ConnectionError):
+    """The client takes nothing any more."""
+
+
 class Call:
     """One request: its path, its body, and of its headers those that a mode may pass on."""
 
@@ -99,8 +103,11 @@ class Out:
         await self._timed({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _timed(self, message: dict[str, Any]) -> None:
-        async with asyncio.timeout(_WRITE_S):
-            await self._send(message)
+        try:
+            async with asyncio.timeout(_WRITE_S):
+                await self._send(message)
+        except TimeoutError as error:
+            raise ReaderGone(f"nothing was read for {_WRITE_S:g} s") from error
 
 
 class App:
@@ -166,9 +173,9 @@ class App:
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
         if not work.cancelled():
-            error = work.exception()
-            if error is not None:
-                raise error
+            work.result()
+        elif episode.over_because is not None and not out.status:  # it was closed meanwhile
+            await self._refuse(episode, call, out, episode.refusal())
         if episode.journal is not None and out.status:
             pieces = [piece.decode() for piece in out.pieces]
             request = call.body.decode("utf-8", "replace")
@@ -180,7 +187,7 @@ class App:
             await self._mode.respond(episode, call, out)
         except Refusal as refusal:
             await self._refuse(episode, call, out, refusal)
-        except (TimeoutError, ConnectionError) as error:
+        except ConnectionError as error:
             logger.info("the client of %s reads no more: %s", episode.id, error)
         except Exception:
             logger.exception("%s: %s failed", episode.id, call.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar
 
 import msgspec
@@ -68,7 +67,11 @@ def schema_depth(value: Any, where: str, depth: int = 0) -> None:
     """Templates write schemas out recursively; nobody means one as deep as this."""
     if depth > _MAX_DEPTH:
         raise Refusal(400, f"{where} is nested more than {_MAX_DEPTH} levels deep", param=where)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise Refusal(400, f"{where} holds a number that JSON does not have", param=where)
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        raise Refusal(400, f"{where} holds a number that does not fit into 64 bits", param=where)
+    if isinstance(value, str):
+        check_text(value)
+    for key in value if isinstance(value, dict) else ():
+        check_text(key)
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         schema_depth(inner, where, depth + 1)

@@ -96,6 +96,7 @@ class _Answer:
         self._tree = episode.tree
         self._want = want
         self._emit = emit
+        self._number = episode.usage.requests
         self._parts: list[Turn] = []
         self._tokens: list[int] = []
         self._shown = Delta()
@@ -121,7 +122,7 @@ class _Answer:
         try:
             stopped_at = await self._generate(lane, prompt_T, granted)
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
+            if isinstance(error, asyncio.CancelledError | ConnectionError):
                 episode.usage.abandoned += 1
                 await shielded(native.forget(lane))
             if self._tokens:
@@ -181,7 +182,7 @@ class _Answer:
                 return stop
             if self._emit is not None:
                 heard = native.speech.read(self._text(), self._tools, final=False, stop=want.stop)
-                await self._show(heard.text, heard.reasoning)
+                await self._show(_behind(want.prefix, heard.text), heard.reasoning)
 
     def _sampling(self) -> Sampling:
         episode, want = self._episode, self._want
@@ -194,9 +195,9 @@ class _Answer:
         if asked and episode.pinned:
             episode.counts["overridden"] += 1
             asked = {}
-        seed = own.seed + episode.usage.requests if want.seed is None or episode.pinned else want.seed
-        # Choices of one request lie apart; seeds of requests count up.
-        return msgspec.structs.replace(own, **asked, seed=seed + (self.index << 20), stop=(self._native.template.end,))
+        seed = own.seed + self._number if want.seed is None or episode.pinned else want.seed
+        # Seeds of requests count up from the episode's; those of choices lie where no rollout's are.
+        return msgspec.structs.replace(own, **asked, seed=seed + (self.index << 58), stop=(self._native.template.end,))
 
     def _text(self) -> str:
         return self._prefix + self._native.template.text(self._tokens)
@@ -236,9 +237,8 @@ class _Answer:
         calls = heard.calls if want.parallel_calls else heard.calls[:1]
         length = not ended and stopped_at is None
         ending: Ending = "cut" if length else "malformed" if heard.malformed else "call" if calls else "answer"
-        shown_text = heard.text.removeprefix(want.prefix)
         said = Said(
-            text=shown_text,
+            text=_behind(want.prefix, heard.text),
             calls=tuple(ToolCall(f"call_{number}_{i}", *call) for i, call in enumerate(calls)),
             reasoning=heard.reasoning,
             finish="tool_calls" if calls else "length" if length else "stop",
@@ -264,7 +264,6 @@ class _Answer:
         """Emits what is new. A tokenizer whose text does not just grow is waited out."""
         if self._emit is None:
             return
-        text = text.removeprefix(self._want.prefix)
         old, thought = self._shown, reasoning or ""
         if not text.startswith(old.text) or not thought.startswith(old.reasoning):
             return
@@ -272,6 +271,11 @@ class _Answer:
         if delta.text or delta.reasoning:
             await self._emit(delta)
             self._shown = Delta(text, thought)
+
+
+def _behind(prefix: str, text: str) -> str:
+    """The text without the beginning that the client itself has given."""
+    return "" if prefix.startswith(text) else text.removeprefix(prefix)
 
 
 def _first(text: str, prefix: str, stops: Sequence[str]) -> str | None:

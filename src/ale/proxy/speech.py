@@ -66,7 +66,7 @@ class Tags:
             except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
                 return None
             arguments = bytes(call.arguments).decode()
-            if not arguments.startswith("{"):
+            if not _is_object(arguments):
                 return None
             found.append((call.name, arguments))
         return before, tuple(found)
@@ -80,6 +80,13 @@ class Tags:
     def forced(self, tool: str | None) -> str:
         name = "" if tool is None else f'{tool}", "arguments": '
         return f'<tool_call>\n{{"name": "{name}'
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except orjson.JSONDecodeError:
+        return False
 
 
 class Fence:

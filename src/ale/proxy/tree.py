@@ -133,11 +133,9 @@ class TokenTree:
         slots = [self._slot(entry) for entry in entries[start:]]
         if parent is None:
             fresh = self._template.opening(slots, want.tools)
-            self.counts["roots" if not self.nodes else "forks"] += 1
         else:
             fresh = self._template.following(slots, ended=parent.ended)
-            if parent.children:
-                self.counts["forks"] += 1
+        self._count_branch(parent)
         if want.prefix:
             fresh += self._template.outside(want.prefix)
         return Plan(parent, np.array(fresh, np.int32), digest)
@@ -211,7 +209,9 @@ class TokenTree:
 
     def _plan_raw(self, prompt: str | tuple[int, ...]) -> Plan:
         """A plain completion goes on from the longest recorded text, or ids, that its prompt begins with."""
-        parent, tail = None, prompt
+        parent: Node | None = None
+        known: tuple[int, ...] = ()
+        tail = prompt
         for node, text, tokens in self._raw:
             if isinstance(prompt, str):
                 length = len(text) if prompt.startswith(text) else 0
@@ -219,11 +219,21 @@ class TokenTree:
                 length = len(tokens) if prompt[: len(tokens)] == tuple(tokens.tolist()) else 0
             if len(prompt) - length < len(tail):
                 parent, tail = node, prompt[length:]
-        fresh = self._template.outside(tail) if isinstance(tail, str) else tail
+        if parent is not None and parent.ended and isinstance(prompt, str):
+            # The text goes on where the policy had ended it: the same ids, but for the end token.
+            known, parent = tuple(parent.tokens_T()[:-1].tolist()), None
+            self.counts["spliced"] += 1
+        fresh = [*known, *(self._template.outside(tail) if isinstance(tail, str) else tail)]
         if parent is None and not fresh:
             raise Refusal(400, "the prompt is empty", param="prompt")
-        self.counts["forks" if parent is None or parent.children else "linear"] += 1
+        self._count_branch(parent)
         return Plan(parent, np.array(fresh, np.int32), None, raw=True)
+
+    def _count_branch(self, parent: Node | None) -> None:
+        if parent is None:
+            self.counts["forks" if self.nodes else "roots"] += 1
+        elif parent.children:
+            self.counts["forks"] += 1
 
 
 RULES = ("white_space", "json", "reasoning_dropped", "call_ids")
