@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from ale.errors import AleError, DeadlineExceeded, PolicyError, first_error
 from ale.messages import Ending, Generate, Sampling, Turn
@@ -22,7 +24,7 @@ from ale.proxy.dialogue import Delta, Refusal, Said, ToolCall, Want
 from ale.proxy.episode import Episode
 from ale.proxy.speech import Speech
 from ale.proxy.template import ChatTemplate
-from ale.proxy.tree import Plan, Sampled, TokenTree
+from ale.proxy.tree import Ids, Plan, Sampled, TokenTree
 from ale.proxy.turnstile import Turnstile
 from ale.sandbox.shielded import shielded
 from ale.wire import Array
@@ -122,11 +124,11 @@ class _Answer:
         try:
             stopped_at = await self._generate(lane, prompt_T, granted)
         except BaseException as error:
+            if self._tokens:
+                self._record(plan, prompt_T, lane, None, cut=True)
             if isinstance(error, asyncio.CancelledError | ConnectionError):
                 episode.usage.abandoned += 1
                 await shielded(native.forget(lane))
-            if self._tokens:
-                self._record(plan, prompt_T, lane, None, cut=True)
             if isinstance(error, TimeoutError) and episode.time_left_s <= 0:
                 episode.end(f"it has used its {episode.limits.time_s:g} s")
                 raise episode.refusal() from error
@@ -155,7 +157,7 @@ class _Answer:
         only = name or (self._tools[0]["function"]["name"] if len(self._tools) == 1 else None)
         return self._native.speech.syntax.forced(only)
 
-    async def _generate(self, lane: str, prompt_T: np.ndarray, granted: int) -> str | None:
+    async def _generate(self, lane: str, prompt_T: Ids, granted: int) -> str | None:
         """Samples until the end, a stop string, or `granted` tokens; returns the stop string that was met."""
         native, episode, want = self._native, self._episode, self._want
         sliced = self._emit is not None or bool(want.stop)
@@ -219,7 +221,7 @@ class _Answer:
         del self._tokens[low:]
         return _first(self._text(), self._prefix, stops)
 
-    def _record(self, plan: Plan, prompt_T: np.ndarray, lane: str, stopped_at: str | None, *, cut: bool) -> Said:
+    def _record(self, plan: Plan, prompt_T: Ids, lane: str, stopped_at: str | None, *, cut: bool) -> Said:
         native, want = self._native, self._want
         sampled = _joined(self._parts, len(self._tokens))
         ended = self._tokens[-1] == native.template.end
@@ -285,7 +287,7 @@ def _first(text: str, prefix: str, stops: Sequence[str]) -> str | None:
 
 
 def _joined(parts: Sequence[Turn], length: int) -> Sampled:
-    def join(arrays: list[Array], dtype: str) -> np.ndarray:
+    def join(arrays: list[Array], dtype: str) -> npt.NDArray[Any]:
         return np.concatenate([a.numpy() for a in arrays])[:length].astype(dtype, copy=False)
 
     return Sampled(

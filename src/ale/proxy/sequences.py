@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from ale.messages import Chunk, Rollout, Status, Trajectory
 from ale.proxy.tree import Branch, Node, TokenTree
@@ -53,7 +54,7 @@ def trajectory(
 
 
 def _arrays(nodes: Sequence[Node], owned: frozenset[Node]) -> dict[str, Any]:
-    tokens: list[np.ndarray] = []
+    tokens: list[npt.NDArray[Any]] = []
     chunks: list[Chunk] = []
     length = 0
     for node in nodes:
@@ -77,5 +78,5 @@ def _answer(branch: Branch) -> str | None:
     return last.said.text if last.ending == "answer" else None
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: str) -> Array:
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: str) -> Array:
     return Array.of(np.concatenate(parts) if parts else [], dtype)
