@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ale.envs.terminal import TerminalEnv
 from ale.errors import PolicyError
 from ale.messages import Rollout, Sampling, Trajectory
 from ale.proxy.command import open_command_agent
-from ale.sandbox import Mount, SandboxEngine
+from ale.sandbox import Mount, SandboxEngine, open_engine
 from ale.task import REWARD_FILE, Task, TaskFile
 from ale.testing.scripted_policy import ScriptedPolicy
 
@@ -75,6 +76,16 @@ def play(
             return await agent.play(rollout)
 
     return loop.run(scenario())
+
+
+@pytest.fixture(scope="module")
+def sandboxes(loop: asyncio.Runner) -> Iterator[SandboxEngine]:
+    """An engine of this file's own: it keeps a copy of what is mounted."""
+    manager = open_engine("local")
+    engine = loop.run(manager.__aenter__())
+    yield engine
+    assert engine.statistics().alive == 0
+    loop.run(manager.__aexit__(None, None, None))
 
 
 @pytest.fixture

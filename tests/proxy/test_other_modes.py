@@ -35,7 +35,7 @@ async def converse(proxy: Any, key: str) -> list[Any]:
         ) as second:
             streamed = b"".join([piece async for piece in second.iter_bytes()])
         third = await other.messages.with_raw_response.create(model="m", max_tokens=9, messages=GO)
-        return [first.content, streamed, third.content]
+        return [await first.read(), streamed, await third.read()]
 
 
 def test_deployed_and_replayed_an_agent_sees_the_same_bytes(serve: Serve, chat: Chat, tmp_path: Path) -> None:

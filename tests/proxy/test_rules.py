@@ -96,7 +96,6 @@ def test_what_could_be_two_turns_is_none_unless_it_is_one_exactly(tree: TokenTre
     plan = tree.plan(Want(entries=(GO, Entry("assistant", "a\nb"), ON)))
     assert plan.parent is None
     assert (tree.counts["ambiguous"], tree.counts["foreign"]) == (2, 1)  # as a place in the tree, and as a text
-    assert not {100, 101, 103} & set(plan.fresh_P.tolist()[-30:]) or plan.parent is None
 
 
 def test_the_same_words_said_twice_are_either_of_the_two(tree: TokenTree) -> None:

@@ -168,18 +168,14 @@ class App:
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            episode.running.discard(work)
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
+            episode.running.discard(work)
         if not work.cancelled():
             work.result()
         elif episode.over_because is not None and not out.status:  # it was closed meanwhile
             await self._refuse(episode, call, out, episode.refusal())
-        if episode.journal is not None and out.status:
-            pieces = [piece.decode() for piece in out.pieces]
-            request = call.body.decode("utf-8", "replace")
-            episode.journal.keep(Exchange(call.path, request, out.status, out.content_type, pieces))
 
     async def _respond(self, episode: Episode, call: Call, out: Out) -> None:
         try:
@@ -192,6 +188,11 @@ class App:
         except Exception:
             logger.exception("%s: %s failed", episode.id, call.path)
             await self._refuse(episode, call, out, Refusal(500, "the proxy failed; see its log", kind="server_error"))
+        finally:
+            if episode.journal is not None and out.status:
+                pieces = [piece.decode() for piece in out.pieces]
+                request = call.body.decode("utf-8", "replace")
+                episode.journal.keep(Exchange(call.path, request, out.status, out.content_type, pieces))
 
     @staticmethod
     async def _refuse(episode: Episode, call: Call, out: Out, refusal: Refusal) -> None:

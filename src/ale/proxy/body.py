@@ -30,10 +30,10 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
 def check(want: Want) -> None:
     """The ranges that every API shares; comparisons are written so that NaN fails them."""
     rules: tuple[tuple[str, bool, str], ...] = (
-        ("max_tokens", want.max_tokens is None or want.max_tokens >= 1, "at least 1"),
+        ("max_tokens", want.max_tokens is None or 1 <= want.max_tokens < 2**31, "at least 1"),
         ("temperature", want.temperature is None or 0 <= want.temperature <= 2, "between 0 and 2"),
         ("top_p", want.top_p is None or 0 < want.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", want.top_k is None or want.top_k >= 1, "at least 1"),
+        ("top_k", want.top_k is None or 1 <= want.top_k < 2**31, "at least 1"),
         ("n", 1 <= want.n <= _MAX_CHOICES, f"between 1 and {_MAX_CHOICES}"),
         ("stop", len(want.stop) <= _MAX_STOPS and all(want.stop), f"at most {_MAX_STOPS} strings, none empty"),
         ("seed", want.seed is None or abs(want.seed) < 2**63, "a number of 64 bits"),
