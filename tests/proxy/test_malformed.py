@@ -190,6 +190,7 @@ def test_a_connection_that_breaks_off_in_its_body_leaves_nothing(serve: Serve, n
             writer.write(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
             assert b"401" in await reader.readline()
             writer.close()
+            await writer.wait_closed()
         assert (episode.usage.requests, policy.log) == (0, [])
 
     asyncio.run(scenario())

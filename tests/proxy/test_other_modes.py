@@ -31,11 +31,11 @@ async def converse(proxy: Any, key: str) -> list[Any]:
     async with openai_client(proxy, key) as client, anthropic_client(proxy, key) as other:
         first = await client.chat.completions.with_raw_response.create(model="m", messages=GO, tools=TOOLS)
         async with client.chat.completions.with_streaming_response.create(
-            model="m", messages=GO, stream=True
+            model="m", messages=GO, stream=True, stream_options={"include_usage": True}
         ) as second:
             streamed = b"".join([piece async for piece in second.iter_bytes()])
         third = await other.messages.with_raw_response.create(model="m", max_tokens=9, messages=GO)
-        return [await first.read(), streamed, await third.read()]
+        return [first.content, streamed, await third.read()]
 
 
 def test_deployed_and_replayed_an_agent_sees_the_same_bytes(serve: Serve, chat: Chat, tmp_path: Path) -> None:
