@@ -19,16 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.timeout(900)
 def test_the_agent_gets_better_at_tasks_it_has_never_seen(tmp_path: Path) -> None:
-    overrides = [
-        f"runs_dir={tmp_path}",
-        "name=short",
-        "tasks.heldout=100",
-        "tasks.families=6",
-        "warm_start.eval_every=200",
-        "learner.updates=45",
-    ]
-    config = load(ROOT / "examples" / "nano.toml", overrides)
-    summary = asyncio.run(train(config))
+    overrides = [f"runs_dir={tmp_path}", "name=short", "tasks.heldout=100", "tasks.families=6", "learner.updates=45"]
+    summary = asyncio.run(train(load(ROOT / "examples" / "nano.toml", overrides)))
 
     before, after = summary.heldout_before, summary.heldout_after
     assert before.n == after.n == 100
@@ -38,10 +30,6 @@ def test_the_agent_gets_better_at_tasks_it_has_never_seen(tmp_path: Path) -> Non
     assert summary.max_lag_seen <= summary.max_lag_allowed == 1
     folder = tmp_path / "short"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluated = {line["evaluation"]: line["success"] for line in lines if "evaluation" in line}
-    checks = [success for name, success in evaluated.items() if name.startswith("warm_start_check_")]
-    assert max(checks[:-1]) < config.warm_start.stop_at <= checks[-1]  # it ended there and not before
-    assert ("warm_start_200" in evaluated) == (len(checks) * 25 >= 200)
     updates = [line for line in lines if "update" in line]
     assert len(updates) == 45
     for line in updates:

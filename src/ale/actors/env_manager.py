@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from ale.actor import Actor
 from ale.agent.chat import Chat
-from ale.agent.episode import run_episode
+from ale.agent.episode import Judge, run_episode
 from ale.config import AgentConfig, RunConfig
 from ale.envs.env import Env
 from ale.messages import Rollout, Trajectory
@@ -42,6 +42,7 @@ class EnvManager(Actor):
         *,
         concurrency: int,
         play: Play | None = None,
+        judge: Judge | None = None,
     ) -> None:
         super().__init__("envs", capacity=4 * concurrency, concurrency=concurrency)
         self._policy = policy
@@ -49,13 +50,14 @@ class EnvManager(Actor):
         self._chat = chat
         self._limits = limits
         self._play = play
+        self._judge = judge
 
     async def receive(self, message: Message) -> Trajectory | None:
         match message:
             case Rollout() if self._play is not None:
                 return await self._play(message)
             case Rollout():
-                return await run_episode(message, self._policy, self._make_env, self._chat, self._limits)
+                return await run_episode(message, self._policy, self._make_env, self._chat, self._limits, self._judge)
             case _:
                 await super().receive(message)
         return None
