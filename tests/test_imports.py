@@ -20,7 +20,7 @@ LAYERS = (
     {"cli", "doctor", "embedding", "plot", "progress_view", "show", "task_env"},
     {"pipeline", "run"},
     {"actors"},
-    {"policy", "envs", "sandbox", "agent", "algorithm", "learner", "data", "models"},
+    {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models"},
     {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "process", "testing"},
     {"messages", "task", "config", "progress", "errors", "wire"},
 )

@@ -66,8 +66,20 @@ class WarmStartConfig(_Section, frozen=True):
 
 
 class AgentConfig(_Section, frozen=True):
-    """One episode: what the agent is told and how far it may go."""
+    """One episode: what the agent is told and how far it may go.
 
+    `kind = "command"`: the agent is a program, started by `command` in the task's sandbox, that asks its model by an
+    LLM API (docs/proxy.md). Then `max_turns` bounds its requests, and the fields about calls and output are not used.
+    """
+
+    kind: Literal["builtin", "command"] = "builtin"
+    command: str = ""
+    """A shell command, run in the task's working directory."""
+    mounts: dict[str, str] = {}
+    """What the program needs: host paths, and where they are (read-only) in the sandbox."""
+    env: dict[str, str] = {}
+    tool_syntax: Literal["template", "tags", "fence"] = "template"
+    """How the model writes calls: as its chat template does, in <tool_call> tags, or in a bash fence."""
     system_prompt: str = ""
     max_turns: int = 8
     max_turn_tokens: int = 48
@@ -173,6 +185,8 @@ class RunConfig(_Section, frozen=True):
             raise ValueError(f"name is that of a folder: letters, digits, '.', '_' and '-', not {self.name!r}")
         _positive(self.rollout, "rollout", "group_size", "groups_per_step", "concurrency", "batch_deadline_s")
         _positive(self.agent, "agent", "max_turns", "max_turn_tokens", "max_context_tokens", "command_timeout_s")
+        if self.agent.kind == "command" and not self.agent.command.strip():
+            raise ValueError('agent.kind = "command" needs agent.command: the shell command that starts the program')
         _positive(self.model, "model", "threads")
         _positive(self.sandbox, "sandbox", "memory_mb", "pids")
         _positive(

@@ -106,6 +106,7 @@ Status = Literal[
     "evaluator_error",
     "episode_timeout",
     "illegal_tool_calls",
+    "agent_failure",
     "bad_reward",
     "bad_logprob",
 ]
@@ -137,15 +138,24 @@ class Trajectory(Message, frozen=True):
     cause: str | None = None
     started_version: int = 0
     duration_s: float = 0.0
+    branches: tuple[Trajectory, ...] = ()
+    """The other sequences of an episode whose agent left one line of history (agent native mode). They share its
+    reward and its fate; no sampled token is in two of them."""
+
+    @property
+    def sequences(self) -> tuple[Trajectory, ...]:
+        """All that one episode gives to train on, itself first."""
+        return (self, *self.branches)
 
     @property
     def oldest_version(self) -> int:
         """The oldest policy that any token of the sample came from."""
-        return int(self.version_A.numpy().min()) if len(self.version_A) else self.started_version
+        own = int(self.version_A.numpy().min()) if len(self.version_A) else self.started_version
+        return min((own, *(branch.oldest_version for branch in self.branches)))
 
     @property
     def action_tokens(self) -> int:
-        return len(self.logp_A)
+        return sum(len(t.logp_A) for t in self.sequences)
 
 
 class Group(Message, frozen=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from ale.actors.env_manager import EnvManager
+from ale.actors.env_manager import EnvManager, Play
 from ale.actors.evaluation import evaluate_tasks, rate
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
@@ -30,7 +30,7 @@ from ale.config import RunConfig
 from ale.data.events import Evaluated, TasksShown
 from ale.data.run_folder import RunFolder
 from ale.data.task_stream import TaskStream
-from ale.envs.env import Env, MakeEnv
+from ale.envs.env import MakeEnv
 from ale.envs.source import Source
 from ale.envs.terminal import ProgramEnv, TerminalEnv
 from ale.errors import ConfigError, LearnerError, RunFolderError
@@ -51,7 +51,7 @@ from ale.models.load import load_tokenizer
 from ale.policy.embedded import EmbeddedPolicy, open_embedded
 from ale.process import WorkerProcess
 from ale.progress import Phase, Progress, Rate
-from ale.sandbox import SandboxEngine, open_engine
+from ale.sandbox import Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
 from ale.task import Task
 
@@ -137,7 +137,7 @@ class Run:
             precision=self.config.model.precision,
             record_routing=learning and self.config.algorithm.routing_replay,
         )
-        async with open_embedded(settings) as policy:
+        async with open_embedded(settings) as policy, self._agent(policy, model) as play:
             self._policy = policy
             manager = EnvManager(
                 policy,
@@ -146,12 +146,24 @@ class Run:
                 self.config.agent,
                 concurrency=self.config.rollout.concurrency,
                 judge=self._judge,
+                play=play,
             )
             await self._supervisor.start(manager)
             try:
                 yield policy
             finally:
                 await self._supervisor.stop(manager)
+
+    @asynccontextmanager
+    async def _agent(self, policy: EmbeddedPolicy, model: Path) -> AsyncIterator[Play | None]:
+        """How episodes are played where the agent is a program of its own; None: by the built-in loop."""
+        if self.config.agent.kind == "builtin":
+            yield None
+            return
+        from ale.proxy.command import open_command_agent  # needs the extra `proxy`
+
+        async with open_command_agent(policy, load_tokenizer(model), self._in_sandbox, self.config) as agent:
+            yield agent.play
 
     @asynccontextmanager
     async def learner_process(self, model: Path, state: Path | None = None) -> AsyncIterator[WorkerProcess]:
@@ -331,7 +343,7 @@ class Run:
                 values = last.values | self.load() if last.phase == "train" else last.values
                 tell(self.progress(last.phase, last.step, last.total, values))
 
-    def _in_sandbox(self, task: Task) -> Env:
+    def _in_sandbox(self, task: Task) -> TerminalEnv:
         c, engine, reward = self.config, self._engine, self._reward
         assert engine is not None
         assert reward is not None
@@ -344,6 +356,7 @@ class Run:
             max_output_chars=c.agent.max_output_chars,
             command_timeout_s=c.agent.command_timeout_s,
             label=c.name,
+            mounts=tuple(Mount(os.path.abspath(source), target) for source, target in c.agent.mounts.items()),
         )
 
     async def _demonstrations(self, stream: TaskStream, tell: Report) -> list[Demonstration]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from ale.actor import Actor
 from ale.agent.chat import Chat
@@ -27,7 +27,12 @@ def rollout_deadline_s(config: RunConfig) -> float:
     return config.agent.episode_timeout_s * rounds + _SLACK_S
 
 
+Play = Callable[[Rollout], Awaitable[Trajectory]]
+
+
 class EnvManager(Actor):
+    """`play` None: episodes are those of the built-in agent loop."""
+
     def __init__(
         self,
         policy: Policy,
@@ -36,6 +41,7 @@ class EnvManager(Actor):
         limits: AgentConfig,
         *,
         concurrency: int,
+        play: Play | None = None,
         judge: Judge | None = None,
     ) -> None:
         super().__init__("envs", capacity=4 * concurrency, concurrency=concurrency)
@@ -43,10 +49,13 @@ class EnvManager(Actor):
         self._make_env = make_env
         self._chat = chat
         self._limits = limits
+        self._play = play
         self._judge = judge
 
     async def receive(self, message: Message) -> Trajectory | None:
         match message:
+            case Rollout() if self._play is not None:
+                return await self._play(message)
             case Rollout():
                 return await run_episode(message, self._policy, self._make_env, self._chat, self._limits, self._judge)
             case _:

@@ -146,6 +146,5 @@ def _why_not(trajectory: Trajectory) -> str | None:
     """Why this trajectory must not be trained on; None where nothing is wrong."""
     if trajectory.status != "scored":
         return trajectory.status
-    return rollout_reason(reward=trajectory.reward) or logp_reason(
-        None, trajectory.logp_A.numpy(), trajectory.logp_sampled_A.numpy()
-    )
+    reasons = (logp_reason(None, t.logp_A.numpy(), t.logp_sampled_A.numpy()) for t in trajectory.sequences)
+    return rollout_reason(reward=trajectory.reward) or next(filter(None, reasons), None)

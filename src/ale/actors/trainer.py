@@ -150,4 +150,8 @@ def _samples(group: Group, config: RunConfig) -> list[Sample]:
     # One without a reward does not get this far; if it did, `advantages` would refuse the NaN.
     rewards = [math.nan if t.reward is None else t.reward for t in group.trajectories]
     values = advantages(rewards, config.algorithm.baseline)
-    return [Sample(trajectory=t, advantage=float(a)) for t, a in zip(group.trajectories, values, strict=True)]
+    return [
+        Sample(trajectory=sequence, advantage=float(a))
+        for t, a in zip(group.trajectories, values, strict=True)
+        for sequence in t.sequences
+    ]

@@ -195,9 +195,15 @@ class RunFolder:
             self._board.add(values["update"], _scalars(values))
 
     def keep(self, trajectory: Trajectory, **more: Any) -> None:
-        """One line of trajectories.jsonl: every token, log-probability, chunk, call, output, reward and version."""
-        line = orjson.dumps(msgspec.to_builtins(trajectory, enc_hook=str) | _arrays(trajectory) | more)
-        self._trajectories.append(line + b"\n")
+        """One line of trajectories.jsonl: every token, log-probability, chunk, call, output, reward and version.
+
+        A branch has a line of its own, which names its episode.
+        """
+        for t in trajectory.sequences:
+            alone = msgspec.structs.replace(t, branches=())
+            of = {} if t is trajectory else {"branch_of": trajectory.id}
+            line = orjson.dumps(msgspec.to_builtins(alone, enc_hook=str) | _arrays(alone) | of | more)
+            self._trajectories.append(line + b"\n")
 
     async def commit(self, books: Books) -> None:
         """Makes a checkpoint of what the learner wrote where `checkpoints.begin` said, and of the books as they are."""

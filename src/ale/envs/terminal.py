@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from ale.envs.env import Step
 from ale.errors import SandboxError
 from ale.messages import Score, ToolResult
-from ale.sandbox import Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec, Snapshot
+from ale.sandbox import Command, Completed, Limits, Mount, Sandbox, SandboxEngine, SandboxSpec, Snapshot
 from ale.task import WORKDIR, Task
 
 Grader = Callable[[Task, Snapshot], Awaitable[Score]]
@@ -30,13 +30,16 @@ class TerminalEnv:
         max_output_chars: int = 4000,
         command_timeout_s: float = 30.0,
         label: str = "",
+        mounts: tuple[Mount, ...] = (),
     ) -> None:
         self._task = task
         self._engine = engine
         self._grader = grader
         self._max_output_chars = max_output_chars
         self._command_timeout_s = command_timeout_s
-        self._spec = SandboxSpec(workdir=WORKDIR, limits=Limits(memory_mb=task.memory_mb, pids=pids), label=label)
+        self._spec = SandboxSpec(
+            workdir=WORKDIR, limits=Limits(memory_mb=task.memory_mb, pids=pids), label=label, mounts=mounts
+        )
         self._stack = AsyncExitStack()
         self._sandbox: Sandbox | None = None
 
@@ -48,6 +51,11 @@ class TerminalEnv:
             except OSError as error:
                 raise SandboxError(f"{self._task.id}: {file.path} cannot be laid out: {error}") from error
         return self._task.instruction
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The live sandbox: for a program that acts in it by itself."""
+        return self._live()
 
     async def step(self, action: str) -> Step:
         completed = await self._live().exec(Command(shell=action, timeout_s=self._command_timeout_s))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from ale.errors import SandboxError
 from ale.sandbox.foundation import Foundation, LocalSnapshot
 from ale.sandbox.launcher import remove_tree
 from ale.sandbox.layers import tree_bytes
-from ale.sandbox.namespace import Namespace, OutOfMemory
-from ale.sandbox.port import MAX_FILE_BYTES, Command, Completed, SandboxSpec, SandboxStatistics, environment
+from ale.sandbox.namespace import Namespace
+from ale.sandbox.port import Completed, SandboxSpec, Snapshot
+from ale.sandbox.rocklet_client import OutOfMemory
+from ale.sandbox.rocklet_sandbox import RockletSandbox
 from ale.sandbox.shielded import shielded
 
 if TYPE_CHECKING:
@@ -29,48 +28,29 @@ _LEAST_MEMORY_MB = 32
 _MAX_OUT_OF_MEMORY = 3
 
 
-class LocalSandbox:
+class LocalSandbox(RockletSandbox):
     def __init__(self, engine: LocalEngine, spec: SandboxSpec, name: str) -> None:
-        self.id = f"{spec.label}-{name}" if spec.label else name
-        self._engine, self._spec, self._name = engine, spec, name
+        super().__init__(spec, name, engine.shell)
+        self._engine = engine
         self._foundation = Foundation(engine.store)
-        self._namespace: Namespace | None = None
         self._incarnations = 0
         self._box: Path | None = None  # of the current upper directory
-        self._changing = asyncio.Lock()  # start, snapshot and close exclude one another
-        self._broken: SandboxError | None = None
-        self._out_of_memory = 0  # how often
-        self._closed = False
-        self._commands = self._timed_out = self._snapshots = 0
+        self._times_out_of_memory = 0
 
-    async def open(self) -> None:
-        await self._foundation.gather(self._spec)
-        await self._running()
+    async def gather(self) -> None:
+        """Takes hold of what the workspace stands on."""
+        await self._foundation.gather(self.spec)
+        if isinstance(self.spec.base, LocalSnapshot):
+            self.adopt(self.spec.base.sessions)
 
-    async def _running(self) -> Namespace:
-        if self._namespace is None:
-            async with self._changing:
-                self._check()
-                if self._namespace is None:
-                    await self._start()
-        self._check()
-        assert self._namespace is not None
-        return self._namespace
-
-    def _check(self) -> None:
-        if self._closed:
-            raise SandboxError(f"sandbox {self.id} is closed")
-        if self._broken is not None:
-            raise SandboxError(f"sandbox {self.id} is broken: {self._broken}")
-
-    async def _start(self) -> None:
-        namespace = Namespace(f"{self._name}.{self._incarnations}")
+    async def _launch(self) -> Namespace:
+        namespace = Namespace(f"{self.name}.{self._incarnations}")
         self._incarnations += 1
         if self._box is None:
             self._box = self._engine.make_box(namespace.name)
         overlay = self._foundation.overlay(self._engine.bottom, self._box / "upper", self._box / "work")
-        spec = self._spec
-        if self._out_of_memory:  # its files still take what the ended processes no longer do
+        spec = self.spec
+        if self._times_out_of_memory:  # its files still take what the ended processes no longer do
             used_mb = await asyncio.to_thread(tree_bytes, self._box) // _MB
             memory_mb = max(_LEAST_MEMORY_MB, spec.limits.memory_mb - used_mb)
             spec = structs.replace(spec, limits=structs.replace(spec.limits, memory_mb=memory_mb))
@@ -79,101 +59,34 @@ class LocalSandbox:
         except BaseException:
             await shielded(namespace.end())
             raise
-        self._namespace = namespace
+        return namespace
 
-    async def exec(self, command: Command) -> Completed:
-        namespace = await self._running()
-        limits = self._spec.limits
-        env = environment(self._spec, command)
-        try:
-            with self._failures_of(namespace):
-                completed = await namespace.run(
-                    [os.fsencode(part) for part in self._engine.argv(command)],
-                    [os.fsencode(f"{name}={value}") for name, value in env.items()],
-                    os.fsencode(self._path(command.cwd or "")),
-                    command.stdin,
-                    timeout_s=command.timeout_s,
-                    cpu_s=limits.cpu_s,
-                    output_bytes=limits.output_bytes,
-                )
-        except OutOfMemory as error:
-            completed = Completed(signal=signal.SIGKILL, stderr=f"killed: {error}\n".encode()[: limits.output_bytes])
-        self._commands += 1
-        self._timed_out += completed.timed_out
-        self._engine.commands += 1
-        self._engine.timed_out += completed.timed_out
-        return completed
+    async def _freeze(self, sessions: Mapping[str, bytes]) -> LocalSnapshot:
+        foundation = self._foundation
+        if self._box is not None and any((self._box / "upper").iterdir()):
+            foundation.layers.append(foundation.store.freeze(self._box / "upper"))
+            await asyncio.to_thread(remove_tree, self._box)
+            self._box = None
+            await foundation.flatten(self._engine.bottom)
+        held = tuple(map(foundation.store.hold, foundation.layers))
+        return LocalSnapshot(foundation.store, held, self.spec.workdir, sessions)
 
-    async def read_file(self, path: str, *, max_bytes: int = 1024 * 1024) -> bytes:
-        if not 0 <= max_bytes <= MAX_FILE_BYTES:
-            raise ValueError(f"max_bytes must be in 0..{MAX_FILE_BYTES}, got {max_bytes}")
-        namespace = await self._running()
-        with self._failures_of(namespace):
-            return await namespace.read(os.fsencode(self._path(path)), max_bytes)
+    async def _discard(self) -> None:
+        if self._box is not None:
+            await asyncio.to_thread(remove_tree, self._box)
+        await self._foundation.release()
 
-    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"write_file takes at most {MAX_FILE_BYTES} bytes, got {len(data)}")
-        namespace = await self._running()
-        with self._failures_of(namespace):
-            await namespace.write(os.fsencode(self._path(path)), mode & 0o777, data)
+    def _branch(self, snapshot: Snapshot) -> AbstractAsyncContextManager[LocalSandbox]:
+        return self._engine.open(structs.replace(self.spec, base=snapshot, label=self._label))
 
-    def _path(self, path: str) -> str:
-        if "\0" in path:
-            raise ValueError("a path cannot hold a NUL byte")
-        return os.path.join(self._spec.workdir, path)
+    def _count(self, completed: Completed | None) -> None:
+        if completed is None:
+            self._engine.broken += 1
+        else:
+            self._engine.commands += 1
+            self._engine.timed_out += completed.timed_out
 
-    @contextmanager
-    def _failures_of(self, namespace: Namespace) -> Iterator[None]:
-        try:
-            yield
-        except OutOfMemory as error:
-            if namespace is self._namespace:
-                self._namespace = None
-                self._out_of_memory += 1
-                if self._out_of_memory > _MAX_OUT_OF_MEMORY:
-                    self._broken = error
-            raise
-        except SandboxError as error:
-            if namespace is self._namespace and self._broken is None:  # not ended on purpose by snapshot or close
-                self._broken = error
-                self._engine.broken += 1
-            raise SandboxError(f"sandbox {self.id}: {error}") from error
-
-    async def snapshot(self) -> LocalSnapshot:
-        return await shielded(self._snapshot())
-
-    async def _snapshot(self) -> LocalSnapshot:
-        async with self._changing:
-            self._check()
-            await self._end()
-            foundation = self._foundation
-            if self._box is not None and any((self._box / "upper").iterdir()):
-                foundation.layers.append(foundation.store.freeze(self._box / "upper"))
-                await asyncio.to_thread(remove_tree, self._box)
-                self._box = None
-            self._snapshots += 1
-            return LocalSnapshot(foundation.store, tuple(map(foundation.store.hold, foundation.layers)))
-
-    async def _end(self) -> None:
-        namespace, self._namespace = self._namespace, None
-        if namespace is not None:
-            await namespace.end()
-
-    def statistics(self) -> SandboxStatistics:
-        return SandboxStatistics(commands=self._commands, timed_out=self._timed_out, snapshots=self._snapshots)
-
-    async def close(self) -> None:
-        await shielded(self._close())
-
-    async def _close(self) -> None:
-        async with self._changing:
-            if self._closed:
-                return
-            self._closed = True
-            try:
-                await self._end()
-            finally:
-                if self._box is not None:
-                    await asyncio.to_thread(remove_tree, self._box)
-                await self._foundation.release()
+    def _out_of_memory(self, error: OutOfMemory) -> None:
+        self._times_out_of_memory += 1
+        if self._times_out_of_memory > _MAX_OUT_OF_MEMORY:
+            self._broken = error

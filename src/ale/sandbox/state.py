@@ -14,7 +14,7 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -28,6 +28,9 @@ _MIN_FREE_BYTES = 1 << 30
 _DYING_S = 3.0  # how long the processes of a killed engine may take to die
 
 SHARED_MEMORY = Path("/dev/shm")
+
+# In the environment of what `unsafe-process` starts: the root of its sandbox, by which it is found again.
+ROOT_MARK = "ALE_ROOT"
 
 # Whom sandboxes run as when the engine is root: an id that no distribution gives out.
 SANDBOX_USER = (64753, 64753)
@@ -93,7 +96,7 @@ class StateDirectory(msgspec.Struct, frozen=True):
     def remove(self) -> None:
         """Removes what the launcher has not removed at its end, because it was killed. Idempotent."""
         if self.path.exists():
-            _end_processes(self.name)
+            _end_processes(self.path)
             remove_tree(self.path)
         with contextlib.suppress(OSError):
             os.close(self.lock_fd)
@@ -118,7 +121,7 @@ def sweep(parent: Path) -> list[str]:
         if not owner_lives(path.name) and _is_ours(path):
             with _taken_over(path) as taken:
                 if taken:
-                    _end_processes(path.name)
+                    _end_processes(path)
                     for group in _recorded_groups(path):
                         remove_groups(group)
                     remove_tree(path)
@@ -166,22 +169,61 @@ def _locked(fd: int) -> bool:
     return True
 
 
-def _end_processes(name: str) -> None:
-    """Kills the processes that still stand on the directory `name` and waits until they are gone."""
-    deadline = time.monotonic() + _DYING_S
-    while (pids := _processes_on(name)) and time.monotonic() < deadline:
-        for pid in pids:
+def _end_processes(directory: Path) -> int:
+    """Kills the processes that still stand on an engine's directory and waits until they are gone; how many."""
+    return _kill_all(lambda pid: stands_on(pid, directory), _DYING_S)
+
+
+def kill_marked(mark: str) -> None:
+    """Kills every process whose environment holds `mark`, until there is none. Blocks."""
+    wanted = mark.encode()
+    _kill_all(lambda pid: wanted in _read(pid, "environ").split(b"\0"), _DYING_S)
+
+
+def _kill_all(is_meant: Callable[[int], bool], patience_s: float) -> int:
+    seen: set[int] = set()
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        meant = [pid for pid in pids if pid != os.getpid() and is_meant(pid)]
+        if not meant:
+            break
+        seen.update(meant)
+        for pid in meant:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)  # they are not our children: there is no wait for them
+        time.sleep(0.002)  # they are not our children: there is no wait for them
+    return len(seen)
 
 
-def _processes_on(name: str) -> list[int]:
-    pids: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                # bwrap has it in its arguments, whatever bwrap has become in its mounts.
-                if name.encode() in (entry / "cmdline").read_bytes() or name in (entry / "mountinfo").read_text():
-                    pids.append(int(entry.name))
-    return pids
+def stands_on(pid: int, directory: Path) -> bool:
+    """Whether a process is one of the engine that made `directory`, and not one that merely speaks of it.
+
+    That is: its launcher or a bwrap, by what they were started with; a process in a mount namespace of its own that
+    shows the directory; or one of `unsafe-process`, by the mark in its environment.
+    """
+    path = os.fsencode(directory)
+    words = _read(pid, "cmdline").split(b"\0")
+    if words[0].endswith(b"/bwrap") and any(word.startswith(path + b"/") for word in words):
+        return True
+    if any(word.endswith(b"/launcher.py") for word in words[1:5]) and any(b'"%s"' % path in word for word in words):
+        return True
+    mark = f"{ROOT_MARK}={directory}/".encode()
+    if any(word.startswith(mark) for word in _read(pid, "environ").split(b"\0")):
+        return True
+    # The last directory of the path is enough: below another mount point the mount table shows only the rest.
+    return b"/" + os.fsencode(directory.name) + b"/" in _read(pid, "mountinfo") and not _shares_mounts(pid)
+
+
+def _shares_mounts(pid: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
+    except OSError:
+        return True  # gone, or another user's
+
+
+def _read(pid: int, file: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{file}").read_bytes()
+    except OSError:
+        return b""  # gone, or another user's
