@@ -20,7 +20,6 @@ import ctypes
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -297,15 +296,43 @@ def remove_cgroups(directories: Iterable[str]) -> None:
 
 
 def remove_tree(path: str | os.PathLike[str]) -> None:
-    """Removes a tree that no process uses any more, whatever modes a sandbox left on its directories."""
+    """Removes a tree that no process uses any more, however deep it is and whatever modes a sandbox left in it.
+
+    What a directory holds is moved to the top before it is removed, so that the depth of a tree that was made to be
+    deep costs neither stack nor descriptors, and no path grows longer than the kernel takes.
+    """
+    os.chmod(path, 0o700)
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    prefix = os.urandom(8).hex()  # no name in the tree
     try:
-        shutil.rmtree(path)
-    except PermissionError:
-        for folder, names, _ in os.walk(path):
-            for name in names:
-                if not os.path.islink(os.path.join(folder, name)):
-                    os.chmod(os.path.join(folder, name), 0o700)
-        shutil.rmtree(path)
+        moved = 0
+        directories = remove_files(top)
+        while directories:
+            name = directories.pop()
+            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+            try:
+                for child in remove_files(folder):
+                    moved += 1
+                    os.rename(child, f"{prefix}{moved:x}", src_dir_fd=folder, dst_dir_fd=top)
+                    directories.append(f"{prefix}{moved:x}")
+            finally:
+                os.close(folder)
+            os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def remove_files(folder: int) -> list[str]:
+    """Removes what is not a directory; the directories, which it makes accessible, are returned."""
+    directories: list[str] = []
+    for name in os.listdir(folder):
+        try:
+            os.unlink(name, dir_fd=folder)
+        except IsADirectoryError:
+            os.chmod(name, 0o700, dir_fd=folder)
+            directories.append(name)
+    return directories
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import stat
@@ -108,8 +109,15 @@ def _discard(path: Path) -> None:
 
 
 def tree_bytes(tree: Path) -> int:
-    """What the files of a tree take on disk."""
-    return sum(path.lstat().st_blocks * 512 for path in tree.rglob("*"))
+    """What the files of a tree take on disk, as far down as a path can name them."""
+    total, folders = 0, [str(tree)]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return total
 
 
 def signature_of(source: str) -> str:
