@@ -120,13 +120,14 @@ class Launcher:
         cgroups: list[str] = []
         argv = message["argv"]
         signals = (signal.SIGPIPE, signal.SIGXFSZ)
+        hierarchies = [h for h in self.cgroups if h["limits"].keys() & message["limits"].keys()]
         try:
             try:
-                self.enter_cgroups(name, message["limits"], cgroups)
+                self.enter_cgroups(hierarchies, name, message["limits"], cgroups)
                 monitor = os.posix_spawn(argv[0], argv, {}, file_actions=actions, setsigdef=signals)
             finally:
                 os.close(status_in)
-                self.leave_cgroups()
+                self.leave_cgroups(hierarchies)
         except OSError:
             os.close(status_out)
             remove_cgroups(cgroups)
@@ -136,18 +137,21 @@ class Launcher:
         self.jobs[name] = self.by_monitor[monitor] = self.by_fd[status_out] = job
         self.poller.register(status_out, select.POLLIN)
 
-    def enter_cgroups(self, name: str, limits: dict[str, int], made: list[str]) -> None:
+    def enter_cgroups(
+        self, hierarchies: list[dict[str, Any]], name: str, limits: dict[str, int | str], made: list[str]
+    ) -> None:
         """Moves this process into new cgroups, so that what it starts next is born in them; lists them in `made`."""
-        for hierarchy in self.cgroups:
+        for hierarchy in hierarchies:
             directory = f"{hierarchy['directory']}/{name}"
             os.mkdir(directory)
             made.append(directory)
             for limit, file in hierarchy["limits"].items():
-                write(f"{directory}/{file}", str(limits[limit]))
+                if limit in limits:
+                    write(f"{directory}/{file}", str(limits[limit]))
             write(f"{directory}/cgroup.procs", "0")
 
-    def leave_cgroups(self) -> None:
-        for hierarchy in self.cgroups:
+    def leave_cgroups(self, hierarchies: list[dict[str, Any]]) -> None:
+        for hierarchy in hierarchies:
             write(f"{hierarchy['directory']}/home/cgroup.procs", "0")
 
     def progress(self, fd: int) -> None:
@@ -257,7 +261,8 @@ class Launcher:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         for name in ("boxes", "layers", "tools"):
-            remove_tree(os.path.join(self.directory, name))
+            with contextlib.suppress(OSError):  # mounts with a quota take root's rights: `state.sweep` again
+                remove_tree(os.path.join(self.directory, name))
 
 
 def children() -> list[int]:
@@ -350,7 +355,7 @@ def main() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     write("/proc/self/oom_score_adj", _OOM_SCORE_ADJ)
     launcher = Launcher(control, config)
-    launcher.leave_cgroups()  # as the engine's user: entering `home` from outside needs its rights
+    launcher.leave_cgroups(launcher.cgroups)  # as the engine's user: entering `home` from outside needs its rights
     if config["user"] is not None:
         uid, gid = config["user"]
         os.setgroups([])

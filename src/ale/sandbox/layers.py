@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ale.errors import SandboxError
+from ale.sandbox.box import Box
 from ale.sandbox.launcher import remove_tree
+from ale.sandbox.quota import bind, unmount
 
 Owner = tuple[int, int]
 
@@ -68,10 +70,14 @@ class LayerStore:
             self._cached[key] = (signature, self.hold(layer))  # the cache is a holder
             return self.hold(layer)
 
-    def freeze(self, upper: Path) -> Layer:
+    def freeze(self, box: Box) -> Layer:
         """Makes a layer, held once, of a workspace's upper directory whose processes have all ended."""
         path = self._new_path()
-        upper.rename(path)
+        if box.mounted:  # its own file system: no rename leads out of it
+            path.mkdir()
+            bind(box.upper, path)
+        else:
+            box.upper.rename(path)
         return self.hold(self._add(path))
 
     def _add(self, path: Path) -> Layer:
@@ -103,6 +109,8 @@ def _examine(source: str, directory: bool) -> tuple[str, str]:
 
 def _discard(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        if os.path.ismount(path):
+            unmount(path)
         remove_tree(path)
     else:
         path.unlink(missing_ok=True)

@@ -7,14 +7,13 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
 from ale.errors import SandboxError
+from ale.sandbox.box import Box
 from ale.sandbox.foundation import Foundation, LocalSnapshot
-from ale.sandbox.launcher import remove_tree
 from ale.sandbox.layers import tree_bytes
 from ale.sandbox.namespace import Namespace, OutOfMemory
 from ale.sandbox.port import MAX_FILE_BYTES, Command, Completed, SandboxSpec, SandboxStatistics, environment
@@ -36,7 +35,7 @@ class LocalSandbox:
         self._foundation = Foundation(engine.store)
         self._namespace: Namespace | None = None
         self._incarnations = 0
-        self._box: Path | None = None  # of the current upper directory
+        self._box: Box | None = None  # with the current upper directory
         self._changing = asyncio.Lock()  # start, snapshot and close exclude one another
         self._broken: SandboxError | None = None
         self._out_of_memory = 0  # how often
@@ -67,11 +66,11 @@ class LocalSandbox:
         namespace = Namespace(f"{self._name}.{self._incarnations}")
         self._incarnations += 1
         if self._box is None:
-            self._box = self._engine.make_box(namespace.name)
-        overlay = self._foundation.overlay(self._engine.bottom, self._box / "upper", self._box / "work")
+            self._box = self._engine.make_box(namespace.name, self._spec.limits)
+        overlay = self._foundation.overlay(self._engine.bottom, self._box.upper, self._box.work)
         spec = self._spec
         if self._out_of_memory:  # its files still take what the ended processes no longer do
-            used_mb = await asyncio.to_thread(tree_bytes, self._box) // _MB
+            used_mb = await asyncio.to_thread(tree_bytes, self._box.path) // _MB
             memory_mb = max(_LEAST_MEMORY_MB, spec.limits.memory_mb - used_mb)
             spec = structs.replace(spec, limits=structs.replace(spec.limits, memory_mb=memory_mb))
         try:
@@ -148,9 +147,9 @@ class LocalSandbox:
             self._check()
             await self._end()
             foundation = self._foundation
-            if self._box is not None and any((self._box / "upper").iterdir()):
-                foundation.layers.append(foundation.store.freeze(self._box / "upper"))
-                await asyncio.to_thread(remove_tree, self._box)
+            if self._box is not None and any(self._box.upper.iterdir()):
+                foundation.layers.append(foundation.store.freeze(self._box))
+                await asyncio.to_thread(self._box.remove)
                 self._box = None
             self._snapshots += 1
             return LocalSnapshot(foundation.store, tuple(map(foundation.store.hold, foundation.layers)))
@@ -175,5 +174,5 @@ class LocalSandbox:
                 await self._end()
             finally:
                 if self._box is not None:
-                    await asyncio.to_thread(remove_tree, self._box)
+                    await asyncio.to_thread(self._box.remove)
                 await self._foundation.release()

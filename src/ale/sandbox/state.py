@@ -21,6 +21,7 @@ import msgspec
 
 from ale.sandbox.cgroup import remove_groups
 from ale.sandbox.launcher import remove_tree
+from ale.sandbox.quota import unmount_below
 
 PREFIX = "ale-sandbox-"
 _LOCK, _CGROUPS = "lock", "cgroups"
@@ -94,6 +95,7 @@ class StateDirectory(msgspec.Struct, frozen=True):
         """Removes what the launcher has not removed at its end, because it was killed. Idempotent."""
         if self.path.exists():
             _end_processes(self.name)
+            unmount_below(self.path)
             remove_tree(self.path)
         with contextlib.suppress(OSError):
             os.close(self.lock_fd)
@@ -121,6 +123,7 @@ def sweep(parent: Path) -> list[str]:
                     _end_processes(path.name)
                     for group in _recorded_groups(path):
                         remove_groups(group)
+                    unmount_below(path)
                     remove_tree(path)
                     removed.append(path.name)
     return removed
@@ -169,19 +172,26 @@ def _locked(fd: int) -> bool:
 def _end_processes(name: str) -> None:
     """Kills the processes that still stand on the directory `name` and waits until they are gone."""
     deadline = time.monotonic() + _DYING_S
-    while (pids := _processes_on(name)) and time.monotonic() < deadline:
+    while (pids := processes_on(name)) and time.monotonic() < deadline:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)  # they are not our children: there is no wait for them
 
 
-def _processes_on(name: str) -> list[int]:
+def processes_on(name: str) -> list[int]:
     pids: list[int] = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 # bwrap has it in its arguments, whatever bwrap has become in its mounts.
-                if name.encode() in (entry / "cmdline").read_bytes() or name in (entry / "mountinfo").read_text():
+                if name.encode() in (entry / "cmdline").read_bytes() or shows_tools(entry, name):
                     pids.append(int(entry.name))
     return pids
+
+
+def shows_tools(process: Path, name: str) -> bool:
+    """Whether a part of the engine's tools is mounted where the process lives, as it is in every sandbox and nowhere
+    else. The name alone is no proof: every process of the host sees the mounts that hold workspaces with a quota."""
+    roots = (line.split()[3] for line in (process / "mountinfo").read_text().splitlines())
+    return any(f"/{name}/tools/" in root for root in roots)
