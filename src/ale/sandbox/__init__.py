@@ -10,6 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, assert_never
 
+from ale.audit import Alarm, AuditEvent
+from ale.sandbox.alarms import AlarmRules
+from ale.sandbox.network import Network, Rule
 from ale.sandbox.port import (
     Command,
     Completed,
@@ -24,11 +27,16 @@ from ale.sandbox.port import (
 )
 
 __all__ = [
+    "Alarm",
+    "AlarmRules",
+    "AuditEvent",
     "Command",
     "Completed",
     "EngineStatistics",
     "Limits",
     "Mount",
+    "Network",
+    "Rule",
     "Sandbox",
     "SandboxEngine",
     "SandboxSpec",

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from ale.errors import SandboxError
+from ale.audit import Alarm, AuditEvent
+from ale.errors import SandboxError, SandboxStopped
+from ale.sandbox.audit_log import AuditLog
 from ale.sandbox.box import Box
 from ale.sandbox.foundation import Foundation, LocalSnapshot
 from ale.sandbox.layers import tree_bytes
 from ale.sandbox.namespace import Namespace, OutOfMemory
+from ale.sandbox.outside import Outside
 from ale.sandbox.port import MAX_FILE_BYTES, Command, Completed, SandboxSpec, SandboxStatistics, environment
 from ale.sandbox.shielded import shielded
 
@@ -41,6 +44,8 @@ class LocalSandbox:
         self._out_of_memory = 0  # how often
         self._closed = False
         self._commands = self._timed_out = self._snapshots = 0
+        self._log = AuditLog(self.id, spec.alarms, self._stop)
+        self._network = Outside(spec.network, self._log)
 
     async def open(self) -> None:
         await self._foundation.gather(self._spec)
@@ -59,6 +64,8 @@ class LocalSandbox:
     def _check(self) -> None:
         if self._closed:
             raise SandboxError(f"sandbox {self.id} is closed")
+        if self._log.stopped is not None:
+            raise self._log.stopped
         if self._broken is not None:
             raise SandboxError(f"sandbox {self.id} is broken: {self._broken}")
 
@@ -75,13 +82,39 @@ class LocalSandbox:
             spec = structs.replace(spec, limits=structs.replace(spec.limits, memory_mb=memory_mb))
         try:
             await self._engine.launch(namespace, spec, overlay, self._foundation.binds)
+            await self._network.attach(namespace)
         except BaseException:
             await shielded(namespace.end())
             raise
         self._namespace = namespace
 
+    def _stop(self, error: SandboxStopped) -> None:
+        """An alarm ends the sandbox; what runs in it raises this error."""
+        self._broken = error
+        if self._namespace is not None:
+            self._namespace.end_soon(error)
+
+    def audit(self) -> Sequence[AuditEvent]:
+        return tuple(self._log.events)
+
+    def alarms(self) -> Sequence[Alarm]:
+        return tuple(self._log.alarms)
+
+    async def lock_network(self) -> None:
+        await self._network.lock()
+
     async def exec(self, command: Command) -> Completed:
         namespace = await self._running()
+        with self._log.command(self._engine.argv(command)) as number:
+            forks = self._engine.refused_forks(namespace)
+            completed = await self._exec(namespace, command)
+            if (refused := self._engine.refused_forks(namespace) - forks) > 0:
+                self._log.forks_refused(number, refused)
+        if self._log.stopped is not None:
+            raise self._log.stopped
+        return completed
+
+    async def _exec(self, namespace: Namespace, command: Command) -> Completed:
         limits = self._spec.limits
         env = environment(self._spec, command)
         try:
@@ -134,6 +167,8 @@ class LocalSandbox:
                     self._broken = error
             raise
         except SandboxError as error:
+            if self._log.stopped is not None:
+                raise self._log.stopped from error
             if namespace is self._namespace and self._broken is None:  # not ended on purpose by snapshot or close
                 self._broken = error
                 self._engine.broken += 1
@@ -156,6 +191,7 @@ class LocalSandbox:
 
     async def _end(self) -> None:
         namespace, self._namespace = self._namespace, None
+        await self._network.detach()
         if namespace is not None:
             await namespace.end()
 

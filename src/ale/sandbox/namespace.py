@@ -34,16 +34,28 @@ class Namespace:
         self._launched: Launched | None = None
         self._channel: Channel | None = None
         self._stderr = -1
+        self.handed_over: list[int] = []
+        """Descriptors that the gate inside handed out: the egress proxy's listener, if any, and the watch."""
 
     async def start(self, client: LauncherClient, argv: Sequence[str], limits: Mapping[str, int | str]) -> None:
-        """Starts bwrap and waits for the rocklet. Whatever happens, `end()` must follow."""
+        """Starts bwrap and waits for the gate and the rocklet. Whatever happens, `end()` must follow."""
+        gate, inner_gate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with gate, inner_gate:
+            gate.setblocking(False)
+            await self._start(client, argv, limits, inner_gate)
+            _, ancillary, _, _ = gate.recvmsg(1, socket.CMSG_SPACE(2 * 4), socket.MSG_CMSG_CLOEXEC)
+            self.handed_over = [fd for _, _, packed in ancillary for fd in memoryview(packed).cast("i")]
+
+    async def _start(
+        self, client: LauncherClient, argv: Sequence[str], limits: Mapping[str, int | str], gate: socket.socket
+    ) -> None:
         # Not a pipe: nobody has to read it, and what a failed start says is still there afterwards.
         self._stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         try:
             with theirs:
-                stdio = (theirs.fileno(), self._stderr, self._stderr)
+                stdio = (theirs.fileno(), self._stderr, self._stderr, gate.fileno())
                 self._launched = await client.spawn(self.name, argv, stdio=stdio, limits=limits)
             self._channel = await Channel.open(ours, self._on_broken)
         except BaseException:
@@ -143,6 +155,13 @@ class Namespace:
         await self._give_up(error)
         return error
 
+    def end_soon(self, error: SandboxError) -> None:
+        """Fails what is running and asks for the kill, where nothing can be awaited; `end()` must still follow."""
+        if self._channel is not None:
+            self._channel.fail(error)
+        if self._launched is not None:
+            self._launched.kill_soon()
+
     async def end(self) -> None:
         """Kills every process and waits until the kernel has taken the last. Idempotent."""
         if self._channel is not None:
@@ -153,3 +172,5 @@ class Namespace:
         if self._stderr >= 0:
             os.close(self._stderr)
             self._stderr = -1
+        while self.handed_over:
+            os.close(self.handed_over.pop())

@@ -14,12 +14,16 @@ that itself fails raises `SandboxError`, and the engine and its other sandboxes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
+
+from ale.audit import Alarm, AuditEvent
+from ale.sandbox.alarms import AlarmRules
+from ale.sandbox.network import NO_NETWORK, Network, proxy_environment
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -95,6 +99,9 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: Mapping[str, str] = msgspec.field(default_factory=dict)
     limits: Limits = Limits()
     mounts: tuple[Mount, ...] = ()
+    network: Network = NO_NETWORK
+    """What its commands may reach, through the engine's proxy. One-shot runs have none."""
+    alarms: AlarmRules = AlarmRules()
     label: str = ""
     """The run or episode that this sandbox belongs to; part of its `id` and of every error about it."""
 
@@ -146,7 +153,14 @@ def check_environment(field: str, env: Mapping[str, str]) -> None:
 
 def environment(spec: SandboxSpec, command: Command) -> dict[str, str]:
     """The whole environment of a command: nothing of the engine's own comes in."""
-    return {"PATH": DEFAULT_PATH, "HOME": "/tmp", "LANG": "C.UTF-8", **spec.env, **command.env}
+    return {
+        "PATH": DEFAULT_PATH,
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        **proxy_environment(spec.network),
+        **spec.env,
+        **command.env,
+    }
 
 
 class Completed(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,6 +237,15 @@ class Sandbox(Protocol):
 
         A command that is running meanwhile raises SandboxError. /tmp starts empty again.
         """
+
+    def audit(self) -> Sequence[AuditEvent]:
+        """What its commands tried to reach, allowed or not, in order; the first MAX_EVENTS of it."""
+
+    def alarms(self) -> Sequence[Alarm]:
+        """The alarms that its commands and events raised."""
+
+    async def lock_network(self) -> None:
+        """From here on the sandbox has no network, and what is open is cut: set up online, then let the agent in."""
 
     def statistics(self) -> SandboxStatistics: ...
 
