@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
-from ale.envs.env import Step
 from ale.audit import Alarm, AuditEvent
+from ale.envs.env import Step
 from ale.errors import SandboxError, SandboxStopped
 from ale.messages import Score, ToolResult
 from ale.sandbox import AlarmRules, Command, Completed, Limits, Sandbox, SandboxEngine, SandboxSpec, Snapshot

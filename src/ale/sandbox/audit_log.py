@@ -12,7 +12,7 @@ from pathlib import Path
 from ale.audit import Alarm, AuditEvent, RuleName
 from ale.errors import SandboxStopped
 from ale.sandbox.alarms import AlarmRules, heard, seen
-from ale.sandbox.egress import Request
+from ale.sandbox.egress import Asker, Request
 from ale.sandbox.network import PROXY_PORT
 from ale.sandbox.watch import Attempt, local_port
 
@@ -67,22 +67,26 @@ class AuditLog:
             process=name,
         )
 
+    def asker(self, port: int) -> Asker:
+        """Whose connection to the proxy it is that comes from a port: one of those that were announced."""
+        attempt = next((a for a in self._asking if local_port(a.pid, a.fd) == port), None)
+        if attempt is None:
+            return Asker(self._last)
+        self._asking.remove(attempt)
+        return Asker(self._command_of(attempt.pid), *identity(attempt.pid))
+
     def request(self, request: Request) -> None:
         """A request to the proxy that has ended: `EgressProxy` calls it."""
-        asker = next((a for a in self._asking if local_port(a.pid, a.fd) == request.peer_port), None)
-        if asker is None and self._asking:
-            asker = self._asking[-1]  # its socket is closed already; the latest is as good a guess as there is
-        inside, name = identity(asker.pid) if asker is not None else (None, "")
         self._add(
             kind="proxy",
-            command=self._command_of(asker.pid) if asker is not None else self._last,
+            command=request.asker.command,
             host=request.host,
             port=request.port,
             method=request.method,
             allowed=request.allowed,
             reason=request.reason,
-            pid=inside,
-            process=name,
+            pid=request.asker.pid,
+            process=request.asker.process,
             sent=request.sent,
             received=request.received,
         )

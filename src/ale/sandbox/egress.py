@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,10 +33,18 @@ _PIECE = 65536
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
+class Asker(NamedTuple):
+    """Whose request it is: the number of its command, and its process as seen inside."""
+
+    command: int
+    pid: int | None = None
+    process: str = ""
+
+
 class Request(msgspec.Struct):
     """One request and what became of it. `reason` is why it was refused or failed."""
 
-    peer_port: int
+    asker: Asker
     method: str = ""
     host: str = ""
     port: int = 0
@@ -58,10 +67,17 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 class EgressProxy:
-    """`async with` it, or `start` and `close`. `report` is called once for every request, when it has ended."""
+    """Use `start` and `close`. `report` is called once for every request, when it has ended; `who` tells whose a new
+    connection is, by the port that it comes from."""
 
-    def __init__(self, network: Network, report: Callable[[Request], None], resolver: Resolver = resolve) -> None:
-        self._network, self._report, self._resolve = network, report, resolver
+    def __init__(
+        self,
+        network: Network,
+        report: Callable[[Request], None],
+        who: Callable[[int], Asker] = lambda port: Asker(0),
+        resolver: Resolver = resolve,
+    ) -> None:
+        self._network, self._report, self._who, self._resolve = network, report, who, resolver
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.Task[None]] = set()
 
@@ -90,7 +106,7 @@ class EgressProxy:
         task = asyncio.current_task()
         assert task is not None
         name = writer.get_extra_info("peername")
-        request = Request(name[1] if isinstance(name, tuple) else 0)
+        request = Request(self._who(name[1] if isinstance(name, tuple) else 0))
         full = len(self._open) >= MAX_CONNECTIONS
         self._open.add(task)
         try:

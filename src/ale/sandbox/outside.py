@@ -22,7 +22,7 @@ class Outside:
         await self.detach()  # of the last one, when it ended by itself
         self._watch = Watch(namespace.handed_over.pop(), self._log.attempt)
         if namespace.handed_over:
-            self._proxy = EgressProxy(self._network, self._log.request)
+            self._proxy = EgressProxy(self._network, self._log.request, self._log.asker)
             await self._proxy.start(socket.socket(fileno=namespace.handed_over.pop()))
 
     async def lock(self) -> None:
