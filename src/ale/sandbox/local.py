@@ -18,8 +18,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
+from msgspec import structs
 
 from ale.errors import SandboxError
+from ale.sandbox.box import Box
 from ale.sandbox.bwrap import Bind, CommandLine, Overlay, copy_within_reach, find_bwrap, make_etc, unavailable
 from ale.sandbox.cgroup import find_parents, make_cgroups
 from ale.sandbox.enforcement import Enforcement
@@ -30,7 +32,8 @@ from ale.sandbox.layers import LayerStore
 from ale.sandbox.local_sandbox import LocalSandbox
 from ale.sandbox.namespace import Namespace
 from ale.sandbox.one_shot import become, run_once
-from ale.sandbox.port import Command, Completed, EngineStatistics, SandboxSpec, environment
+from ale.sandbox.port import Command, Completed, EngineStatistics, Limits, SandboxSpec, environment
+from ale.sandbox.quota import can_mount
 from ale.sandbox.seccomp import filter_program
 from ale.sandbox.shielded import shielded
 from ale.sandbox.state import SANDBOX_USER, SHARED_MEMORY, StateDirectory, default_parent, give, sweep
@@ -75,6 +78,7 @@ class LocalEngine:
     async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
         """A sandbox whose processes start when they are first needed."""
         self._check()
+        self._enforcement.check(spec.limits)
         sandbox = LocalSandbox(self, spec, self._name())
         self._alive.add(sandbox)
         try:
@@ -88,6 +92,7 @@ class LocalEngine:
 
     async def run(self, spec: SandboxSpec, command: Command) -> Completed:
         self._check()
+        self._enforcement.check(structs.replace(spec.limits, disk_mb=None, inodes=None))  # it writes to memory alone
         foundation = Foundation(self.store)
         try:
             await foundation.gather(spec)
@@ -140,14 +145,8 @@ class LocalEngine:
     def _name(self) -> str:
         return f"{next(self._names):x}"
 
-    def make_box(self, name: str) -> Path:
-        """An empty upper directory and overlayfs's work directory beside it."""
-        box = self._state.path / "boxes" / name
-        for path in (box, box / "upper", box / "work"):
-            path.mkdir()
-            if (user := sandbox_user()) is not None:
-                os.chown(path, *user)
-        return box
+    def make_box(self, name: str, limits: Limits) -> Box:
+        return Box(self._state.path / "boxes" / name, sandbox_user(), limits)
 
     async def launch(self, namespace: Namespace, spec: SandboxSpec, overlay: Overlay, binds: list[Bind]) -> None:
         """Starts `namespace` with a rocklet that hands its own resource limits on to every command."""
@@ -213,8 +212,9 @@ async def open_local(*, state_dir: Path | None = None, bwrap: Path | None = None
             cgroups=[msgspec.to_builtins(hierarchy) for hierarchy in cgroups.hierarchies],
             lock_fd=state.lock_fd,
         )
+        enforcement = Enforcement(cgroups, await asyncio.to_thread(can_mount, state.path / "boxes"))
         client = await LauncherClient.start(config)
-        engine = LocalEngine(state, Enforcement(cgroups), client, line, interpreter)
+        engine = LocalEngine(state, enforcement, client, line, interpreter)
         stack.push_async_callback(engine.aclose)
         await probe(engine)
         yield engine

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from ale.sandbox.box import Box
 from ale.sandbox.foundation import Foundation, LocalSnapshot
-from ale.sandbox.launcher import remove_tree
 from ale.sandbox.layers import tree_bytes
 from ale.sandbox.namespace import Namespace
 from ale.sandbox.port import Completed, SandboxSpec, Snapshot
@@ -34,7 +33,7 @@ class LocalSandbox(RockletSandbox):
         self._engine = engine
         self._foundation = Foundation(engine.store)
         self._incarnations = 0
-        self._box: Path | None = None  # of the current upper directory
+        self._box: Box | None = None  # with the current upper directory
         self._times_out_of_memory = 0
 
     async def gather(self) -> None:
@@ -47,11 +46,11 @@ class LocalSandbox(RockletSandbox):
         namespace = Namespace(f"{self.name}.{self._incarnations}")
         self._incarnations += 1
         if self._box is None:
-            self._box = self._engine.make_box(namespace.name)
-        overlay = self._foundation.overlay(self._engine.bottom, self._box / "upper", self._box / "work")
+            self._box = self._engine.make_box(namespace.name, self.spec.limits)
+        overlay = self._foundation.overlay(self._engine.bottom, self._box.upper, self._box.work)
         spec = self.spec
         if self._times_out_of_memory:  # its files still take what the ended processes no longer do
-            used_mb = await asyncio.to_thread(tree_bytes, self._box) // _MB
+            used_mb = await asyncio.to_thread(tree_bytes, self._box.path) // _MB
             memory_mb = max(_LEAST_MEMORY_MB, spec.limits.memory_mb - used_mb)
             spec = structs.replace(spec, limits=structs.replace(spec.limits, memory_mb=memory_mb))
         try:
@@ -63,9 +62,9 @@ class LocalSandbox(RockletSandbox):
 
     async def _freeze(self, sessions: Mapping[str, bytes]) -> LocalSnapshot:
         foundation = self._foundation
-        if self._box is not None and any((self._box / "upper").iterdir()):
-            foundation.layers.append(foundation.store.freeze(self._box / "upper"))
-            await asyncio.to_thread(remove_tree, self._box)
+        if self._box is not None and any(self._box.upper.iterdir()):
+            foundation.layers.append(foundation.store.freeze(self._box))
+            await asyncio.to_thread(self._box.remove)
             self._box = None
             await foundation.flatten(self._engine.bottom)
         held = tuple(map(foundation.store.hold, foundation.layers))
@@ -73,7 +72,7 @@ class LocalSandbox(RockletSandbox):
 
     async def _discard(self) -> None:
         if self._box is not None:
-            await asyncio.to_thread(remove_tree, self._box)
+            await asyncio.to_thread(self._box.remove)
         await self._foundation.release()
 
     def _branch(self, snapshot: Snapshot) -> AbstractAsyncContextManager[LocalSandbox]:

@@ -32,7 +32,7 @@ class Namespace:
         self._door: Door | None = None
         self._stderr = -1
 
-    async def start(self, client: LauncherClient, argv: Sequence[str], limits: Mapping[str, int]) -> None:
+    async def start(self, client: LauncherClient, argv: Sequence[str], limits: Mapping[str, int | str]) -> None:
         """Starts bwrap and waits for the rocklet. Whatever happens, `end()` must follow."""
         # Not a pipe: nobody has to read it, and what a failed start says is still there afterwards.
         self._stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)

@@ -35,6 +35,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Largest file that a process may write."""
     tmp_mb: int = 64
     """Size of the private /tmp (and of /dev/shm)."""
+    disk_mb: int | None = None
+    """Size of what is written to the workspace; None: bounded by `memory_mb` where files are kept in memory."""
+    inodes: int | None = None
+    """Files and directories that may be made in the workspace at once; None: as for `disk_mb`."""
+    cpus: float | None = None
+    """Processors' worth of time for all processes together; None: what the scheduler gives."""
     cpu_s: float | None = None
     """Processor time of each process of a command; None: bounded by the command's time-out alone."""
     output_bytes: int = 65536
@@ -46,8 +52,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"Limits.{name} must be at least 1, got {getattr(self, name)}")
         if self.output_bytes > MAX_OUTPUT_BYTES:
             raise ValueError(f"Limits.output_bytes must be at most {MAX_OUTPUT_BYTES}, got {self.output_bytes}")
-        if self.cpu_s is not None and self.cpu_s <= 0:
-            raise ValueError(f"Limits.cpu_s must be positive or None, got {self.cpu_s}")
+        for name in ("cpu_s", "cpus", "disk_mb", "inodes"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"Limits.{name} must be positive or None, got {value}")
 
 
 # Both streams of a command travel in one frame; beyond this a file is the better carrier.
@@ -196,7 +203,7 @@ FileKind = Literal["file", "directory", "link", "other"]
 
 
 class FileInfo(msgspec.Struct, frozen=True):
-    """One file as it is inside; links are not followed. Worked example: `FileInfo("a.txt", "file", 0o644, 2, 1.7e9)`."""
+    """A file as it is inside, links not followed. Worked example: `FileInfo("a.txt", "file", 0o644, 2, 1.7e9)`."""
 
     name: str
     """Within its directory for `list`, the path as given for `stat`. Bytes that are no UTF-8 as surrogates."""

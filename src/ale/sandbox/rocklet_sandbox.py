@@ -94,7 +94,7 @@ class RockletSandbox(ABC):
     def _environment(self, command: Command) -> dict[str, str]:
         return environment(self.spec, command)
 
-    def _out_of_memory(self, error: OutOfMemory) -> None:
+    def _out_of_memory(self, error: OutOfMemory) -> None:  # noqa: B027 (only some backends can tell)
         """The processes were ended for their memory; the next request starts others, unless the backend refuses."""
 
     # -- life
