@@ -62,7 +62,7 @@ async def test_stdin_that_nobody_reads_does_no_harm(engine: SandboxEngine) -> No
 
 
 async def test_commands_start_in_the_workdir_or_below(engine: SandboxEngine) -> None:
-    async with engine.start(SandboxSpec(workdir="/work/here")) as sandbox:
+    async with engine.start(SandboxSpec(workdir="/home/agent/project")) as sandbox:
         await sandbox.exec(Command(shell="mkdir -p deep; touch deep/file"))
         done = await sandbox.exec(Command(shell="ls", cwd="deep"))
         gone = await sandbox.exec(Command(shell="ls", cwd="nowhere"))

@@ -69,7 +69,13 @@ async def test_the_kernels_and_the_rocklets_secrets_cannot_be_read(cell: Any, pa
     "path",
     [
         *("/mine", "/usr/mine", "/usr/bin/mine", "/etc/mine", "/bin/mine", "/.rocklet/mine", "/dev/mine", "/proc/mine"),
-        *("/bin/sh", "/etc/passwd", "/.rocklet/rocklet.pyc", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger"),
+        *(
+            "/bin/sh",
+            "/etc/passwd",
+            "/.rocklet/rocklet/start.pyc",
+            "/proc/sys/kernel/core_pattern",
+            "/proc/sysrq-trigger",
+        ),
         *("/proc/sys/kernel/modprobe", "/proc/sys/vm/overcommit_memory", "/proc/sys/kernel/ns_last_pid"),
         *("/proc/sys/net/ipv4/ip_unprivileged_port_start", "/proc/sys/user/max_user_namespaces"),
         *("/proc/1/oom_score_adj", "/proc/1/attr/current", "/proc/1/coredump_filter", "/proc/1/clear_refs"),
@@ -357,7 +363,7 @@ async def test_special_files_do_not_hold_a_file_request_up(cell: Any) -> None:
 
 
 async def test_files_outside_cannot_be_hard_linked_in(cell: Any) -> None:
-    for path in ("/usr/bin/id", "/.rocklet/rocklet.pyc", "/proc/1/exe", "/proc/self/exe", "/etc/passwd"):
+    for path in ("/usr/bin/id", "/.rocklet/rocklet/start.pyc", "/proc/1/exe", "/proc/self/exe", "/etc/passwd"):
         assert (await cell.shell(f"ln {path} linked || ln {path} /tmp/linked")).exit_code != 0, path
 
 

@@ -24,7 +24,7 @@ from ale.sandbox import bwrap as bwrap_module
 from ale.sandbox.bwrap import find_bwrap
 from ale.sandbox.channel import Channel
 from ale.sandbox.local import open_local
-from ale.sandbox.rocklet import DATA, DONE, READ, READY, pack
+from ale.sandbox.rocklet.wire import DATA, READ, READY, pack
 from ale.sandbox.state import PREFIX, start_time, sweep
 
 HOLDER = """
@@ -140,7 +140,7 @@ async def test_a_killed_rocklet_breaks_its_sandbox_and_no_other(local: SandboxEn
 def init_of(engine: SandboxEngine, box: str) -> int:
     """The pid of process 1 of the engine's sandbox whose workspace lies in `box`."""
     upper = f"{engine.capabilities()['state']}/boxes/{box}.0/upper"
-    for pid in processes_with("rocklet.pyc"):
+    for pid in processes_with("rocklet/start.pyc"):
         with suppress(OSError):
             cmdline = Path(f"/proc/{pid}/cmdline").read_bytes()
             if cmdline.startswith(b"/.rocklet") and upper in Path(f"/proc/{pid}/mountinfo").read_text():
@@ -283,7 +283,7 @@ class Peer:
         ours, self.end = socket.socketpair()
         ours.setblocking(False)
         self.channel = await Channel.open(ours, self.gone.append)
-        self.end.sendall(pack(READY, 0))
+        self.end.sendall(pack(READY, 0, 0))
         await self.channel.ready
         return self
 
@@ -297,8 +297,8 @@ class Peer:
     [
         b"\xff" * 64,
         pack(DATA, 7, b"an answer to a question that nobody asked"),
-        pack(READY, 0),
-        pack(READY, 1),
+        pack(READY, 0, 0),
+        pack(READY, 1, 0),
         pack(DATA, 1, b"x") * 2,
         (5).to_bytes(4, "little") + bytes([99, 1, 0, 0, 0]),
     ],
@@ -306,7 +306,7 @@ class Peer:
 )
 async def test_a_rocklet_that_lies_is_cut_off(lie: bytes) -> None:
     async with Peer() as peer:
-        asking = asyncio.ensure_future(peer.channel.request(READ, b"path", 10, deadline_s=10))
+        asking = asyncio.ensure_future(peer.channel.request(READ, b"path", 10, expected=DATA, deadline_s=10))
         await asyncio.sleep(0)
         peer.end.sendall(lie)
         await asyncio.wait([asking])
@@ -314,19 +314,19 @@ async def test_a_rocklet_that_lies_is_cut_off(lie: bytes) -> None:
             await asyncio.sleep(0)
         assert peer.gone == [False]
         with pytest.raises(SandboxError, match="malformed frame"):
-            await peer.channel.request(READ, b"path", 10, deadline_s=10)
+            await peer.channel.request(READ, b"path", 10, expected=DATA, deadline_s=10)
 
 
 async def test_a_rocklet_that_never_answers_meets_the_hosts_own_deadline() -> None:
     async with Peer() as peer:
         with pytest.raises(DeadlineExceeded, match="agent"):
-            await peer.channel.request(READ, b"path", 10, deadline_s=0.05)
+            await peer.channel.request(READ, b"path", 10, expected=DATA, deadline_s=0.05)
 
 
 async def test_a_frame_that_drips_meets_the_deadline_too() -> None:
     async with Peer() as peer:
-        asking = asyncio.ensure_future(peer.channel.request(READ, b"path", 10, deadline_s=0.1))
-        answer = pack(DONE, 1, 0, 0, 1, b"x" * 1000, 0, b"", 0)
+        asking = asyncio.ensure_future(peer.channel.request(READ, b"path", 10, expected=DATA, deadline_s=0.1))
+        answer = pack(DATA, 1, b"x" * 1000)
         for byte in answer[:50]:
             peer.end.sendall(bytes([byte]))
             await asyncio.sleep(0)
@@ -336,7 +336,7 @@ async def test_a_frame_that_drips_meets_the_deadline_too() -> None:
 
 async def test_a_rocklet_that_goes_away_fails_what_is_open() -> None:
     async with Peer() as peer:
-        asking = asyncio.ensure_future(peer.channel.request(READ, b"path", 10, deadline_s=10))
+        asking = asyncio.ensure_future(peer.channel.request(READ, b"path", 10, expected=DATA, deadline_s=10))
         await asyncio.sleep(0)
         peer.end.close()
         with pytest.raises(SandboxError, match="ended"):
@@ -347,7 +347,7 @@ async def test_a_rocklet_that_goes_away_fails_what_is_open() -> None:
 async def test_a_rocklet_that_misses_its_deadline_costs_the_namespace_and_is_a_time_out(
     local: SandboxEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ale.sandbox.namespace.GRACE_S", 0.1)
+    monkeypatch.setattr("ale.sandbox.rocklet_client.GRACE_S", 0.1)
     async with local.start(SandboxSpec()) as sandbox:
         os.kill(init_of(local, sandbox.id), signal.SIGSTOP)  # from outside; from inside it cannot be stopped
         done = await sandbox.exec(Command(shell="true", timeout_s=0.1))

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ale.errors import SandboxError
+from ale.sandbox import Usage
 from ale.sandbox.frames import MAX_FRAME_BYTES, Decoder, Frame, completed
-from ale.sandbox.rocklet import DATA, DONE, FAILED, READY, WROTE, pack, unpack
+from ale.sandbox.rocklet.wire import DATA, DONE, FAILED, OK, READY, pack, unpack
 
 HONEST = [
-    pack(READY, 0),
-    pack(DONE, 1, 0, 0, 1234, b"out", 0, b"err", 7),
+    pack(READY, 0, 0),
+    pack(DONE, 1, 0, 0, 1234, b"out", 0, b"err", 7, 10, 20, 30, b""),
     pack(DATA, 2, b"\0" * 300),
-    pack(WROTE, 2**32 - 1),
+    pack(OK, 2**32 - 1),
     pack(FAILED, 3, 2, b"No such file or directory"),
 ]
 
@@ -38,7 +39,7 @@ def test_arbitrary_bytes_are_decoded_or_refused(chunks: list[bytes]) -> None:
     with suppress(SandboxError):
         for chunk in chunks:
             for frame in decoder.feed(chunk):
-                assert len(frame.fields) <= 7
+                assert len(frame.fields) <= 128 // 4
 
 
 @settings(max_examples=500)
@@ -87,12 +88,14 @@ def test_a_request_is_no_answer() -> None:
     ],
 )
 def test_a_result_out_of_bounds_is_refused(fields: tuple[bytes | int, ...]) -> None:
-    (frame,) = Decoder().feed(pack(DONE, 1, *fields))
+    (frame,) = Decoder().feed(pack(DONE, 1, *fields, 0, 0, 0, b""))
     with pytest.raises(SandboxError, match="malformed frame"):
         completed(frame, output_bytes=10)
 
 
 def test_a_result_is_read_as_it_was_sent() -> None:
-    done = completed(Frame(*unpack(pack(DONE, 1, -9, 1, 1_500_000, b"out", 3, b"err", 0)[4:])), output_bytes=10)
+    frame = Frame(*unpack(pack(DONE, 1, -9, 1, 1_500_000, b"out", 3, b"err", 0, 2_000_000, 500_000, 7, b"")[4:]))
+    done = completed(frame, output_bytes=10)
     assert (done.exit_code, done.signal, done.timed_out, done.duration_s) == (None, 9, True, 1.5)
     assert (done.stdout, done.stdout_dropped, done.stderr, done.stderr_dropped) == (b"out", 3, b"err", 0)
+    assert done.usage == Usage(user_s=2.0, system_s=0.5, peak_memory_bytes=7 * 1024)

@@ -17,13 +17,17 @@ from ale.sandbox.port import (
     Command,
     Completed,
     EngineStatistics,
+    FileInfo,
     Limits,
     Mount,
     Sandbox,
     SandboxEngine,
     SandboxSpec,
     SandboxStatistics,
+    Session,
     Snapshot,
+    Terminal,
+    Usage,
 )
 
 __all__ = [
@@ -33,6 +37,7 @@ __all__ = [
     "Command",
     "Completed",
     "EngineStatistics",
+    "FileInfo",
     "Limits",
     "Mount",
     "Network",
@@ -41,7 +46,10 @@ __all__ = [
     "SandboxEngine",
     "SandboxSpec",
     "SandboxStatistics",
+    "Session",
     "Snapshot",
+    "Terminal",
+    "Usage",
     "open_engine",
 ]
 

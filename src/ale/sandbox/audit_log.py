@@ -37,14 +37,14 @@ class AuditLog:
         self.stopped: SandboxStopped | None = None
 
     @contextmanager
-    def command(self, argv: Sequence[str]) -> Iterator[int]:
+    def command(self, argv: Sequence[bytes]) -> Iterator[int]:
         """The time of one command, which gets the next number. Raises SandboxStopped when a rule forbids it."""
         number = self._last = next(self._numbers)
-        for rule, evidence in heard("\n".join(argv)):
+        for rule, evidence in heard(b"\n".join(argv).decode("utf-8", "replace")):
             self._alarm(rule, number, evidence)
         if self.stopped is not None:
             raise self.stopped
-        self._running[number] = b"".join(part.encode() + b"\0" for part in argv)
+        self._running[number] = b"".join(part + b"\0" for part in argv)
         try:
             yield number
         finally:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 
-from ale.sandbox.rocklet import CHUNK, FLOOD_BYTES, FLOOD_PAUSE_S, Stream
+from ale.sandbox.rocklet.commands import FLOOD_BYTES, FLOOD_PAUSE_S, Output
+from ale.sandbox.rocklet.system import CHUNK
 
 _FULLEST_PIPE = 1 << 20  # what an unprivileged writer may enlarge a pipe to
 
@@ -17,7 +18,7 @@ class Capture:
         outlet, self.inlet = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(outlet, False)
         self._loop = asyncio.get_running_loop()
-        self._stream = Stream(outlet, keep)
+        self._output = Output(outlet, keep)
         self._pause: asyncio.TimerHandle | None = None
         self._reading = True
         self.ended = asyncio.Event()
@@ -30,7 +31,7 @@ class Capture:
     def __exit__(self, *_: object) -> None:
         self._stop()
         self.close_inlet()
-        os.close(self._stream.fd)
+        os.close(self._output.fd)
 
     def close_inlet(self) -> None:
         if self.inlet >= 0:
@@ -43,33 +44,33 @@ class Capture:
         for _ in range(_FULLEST_PIPE // CHUNK + 1):
             if not self._read():
                 break
-        return self._stream.value(), self._stream.dropped
+        return self._output.value(), self._output.dropped
 
     def _listen(self) -> None:
         self._pause = None
-        self._loop.add_reader(self._stream.fd, self._on_readable)
+        self._loop.add_reader(self._output.fd, self._on_readable)
 
     def _on_readable(self) -> None:
         data = self._read()
         if data == b"":
             self.ended.set()
             self._stop()
-        elif self._stream.dropped > FLOOD_BYTES:  # a flood then costs its writer time instead of the loop
-            self._loop.remove_reader(self._stream.fd)
+        elif self._output.dropped > FLOOD_BYTES:  # a flood then costs its writer time instead of the loop
+            self._loop.remove_reader(self._output.fd)
             self._pause = self._loop.call_later(FLOOD_PAUSE_S, self._listen)
 
     def _read(self) -> bytes | None:
         """One chunk; b"" at the end, None when there is nothing now."""
         try:
-            data = os.read(self._stream.fd, CHUNK)
+            data = os.read(self._output.fd, CHUNK)
         except BlockingIOError:
             return None
-        self._stream.take(data)
+        self._output.take(data)
         return data
 
     def _stop(self) -> None:
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._stream.fd)
+            self._loop.remove_reader(self._output.fd)
             if self._pause is not None:
                 self._pause.cancel()

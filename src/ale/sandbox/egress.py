@@ -125,9 +125,10 @@ class EgressProxy:
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             request.reason = f"broken off: {error or type(error).__name__}"
         finally:
-            await hang_up(writer)
-            self._open.discard(task)
             self._report(request)
+            with contextlib.suppress(asyncio.CancelledError):  # cut once more: then nothing is waited for
+                await hang_up(writer)
+            self._open.discard(task)
 
     async def _answer(self, request: Request, client: Stream) -> None:
         try:

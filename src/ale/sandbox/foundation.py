@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ale.errors import SandboxError
@@ -10,14 +11,24 @@ from ale.sandbox.layers import Layer, LayerStore
 from ale.sandbox.port import SandboxSpec
 from ale.sandbox.shielded import shielded
 
+# Layers of snapshots that a workspace stands on before they are merged into one: a lookup may have to try them all.
+MAX_CHAIN = 50
 # mount(2) takes one page of options, into which the paths of all layers have to fit, as bwrap spells them.
 _MAX_LAYER_PATHS = 3800
 _OLD_ROOT = len("/oldroot:")
 
 
+def _fits(lowers: Sequence[Path]) -> bool:
+    """Whether the mount options of one overlay can name them."""
+    return sum(len(str(path)) + _OLD_ROOT for path in lowers) <= _MAX_LAYER_PATHS
+
+
 class LocalSnapshot:
-    def __init__(self, store: LayerStore, layers: tuple[Layer, ...]) -> None:
+    def __init__(
+        self, store: LayerStore, layers: tuple[Layer, ...], workdir: str, sessions: Mapping[str, bytes]
+    ) -> None:
         self.store, self.layers = store, layers
+        self.workdir, self.sessions = workdir, sessions
         self._held = True
 
     def check(self, store: LayerStore) -> None:
@@ -59,9 +70,18 @@ class Foundation:
 
     def overlay(self, bottom: Path, upper: Path | None, work: Path | None) -> Overlay:
         lowers = (bottom, *(layer.path for layer in self.layers))
-        if sum(len(str(path)) + _OLD_ROOT for path in lowers) > _MAX_LAYER_PATHS:
-            raise SandboxError(f"{len(lowers)} layers are more than one overlay can hold; start from fewer snapshots")
+        if not _fits(lowers):
+            raise SandboxError(f"SandboxSpec.base: {len(lowers)} directories are more than one overlay can hold")
         return Overlay(lowers, upper, work)
+
+    async def flatten(self, bottom: Path) -> None:
+        """Merges the layers of snapshots into one when they have become many."""
+        chain = [layer for layer in self.layers if layer.frozen]
+        if len(chain) <= MAX_CHAIN and _fits([bottom, *(layer.path for layer in self.layers)]):
+            return
+        merged = await self.store.merge(chain)
+        self.layers = [*(layer for layer in self.layers if not layer.frozen), merged]
+        await self.store.let_go(chain)
 
     async def release(self) -> None:
         held, self.layers, self._mounted = [*self.layers, *self._mounted], [], []

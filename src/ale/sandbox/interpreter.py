@@ -22,7 +22,7 @@ _START_S = 30.0
 
 # Prints what the rocklet's imports loaded: module files, and every file mapped into the process.
 _WATCH = """
-import posix, sys, time, _ctypes, _signal, _socket, array, marshal, select
+import posix, sys, time, _ctypes, _signal, _socket, array, marshal, resource, select
 files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
 maps = {line.split(None, 5)[5].rstrip() for line in open("/proc/self/maps") if line.count("/")}
 print(repr((sys.executable, files, sorted(maps))))
@@ -35,7 +35,7 @@ class Interpreter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        self.argv = (f"{MOUNT_POINT}/bin/{version}", "-I", "-S", f"{MOUNT_POINT}/rocklet.pyc")
+        self.argv = (f"{MOUNT_POINT}/bin/{version}", "-I", "-S", f"{MOUNT_POINT}/rocklet/start.pyc")
         self.gate = f"{MOUNT_POINT}/gate.pyc"
         self.env = {"LD_LIBRARY_PATH": f"{MOUNT_POINT}/lib"}
         library = directory / sys.platlibdir / version
@@ -53,7 +53,9 @@ class Interpreter:
             if ".so" in path.name and not path.is_relative_to("/usr") and not path.is_relative_to("/lib"):
                 shutil.copy(path, (library / "lib-dynload") if "lib-dynload" in path.parts else (directory / "lib"))
         py_compile.compile(gate.__file__, cfile=str(directory / "gate.pyc"), doraise=True)
-        py_compile.compile(rocklet.__file__, cfile=str(directory / "rocklet.pyc"), doraise=True)
+        (directory / "rocklet").mkdir()
+        for source in Path(rocklet.__file__).parent.glob("*.py"):
+            py_compile.compile(str(source), cfile=str(directory / "rocklet" / f"{source.stem}.pyc"), doraise=True)
 
     @staticmethod
     def _copy_module(module: Path, prefix: Path, library: Path) -> None:

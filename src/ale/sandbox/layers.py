@@ -7,11 +7,12 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ale.errors import SandboxError
 from ale.sandbox.box import Box
+from ale.sandbox.flatten import flatten
 from ale.sandbox.launcher import remove_tree
 from ale.sandbox.quota import bind, unmount
 
@@ -21,8 +22,10 @@ Owner = tuple[int, int]
 class Layer:
     """A frozen directory of a store. Whoever uses it holds it; the last to let go deletes it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, frozen: bool) -> None:
         self.path = path
+        self.frozen = frozen
+        """Whether it was a sandbox's upper directory, and may hold whiteouts; else it was imported."""
         self.holders = 0
 
 
@@ -62,7 +65,7 @@ class LayerStore:
                     raise
             except OSError as error:
                 raise SandboxError(f"cannot copy {source!r} into a sandbox: {error}") from error
-            layer = self._add(path)
+            layer = self._add(path, frozen=False)
             if key.startswith(f"{self._scratch}/"):  # made for one sandbox: a kept copy would never be asked for again
                 return self.hold(layer)
             if cached is not None:
@@ -78,11 +81,23 @@ class LayerStore:
             bind(box.upper, path)
         else:
             box.upper.rename(path)
-        return self.hold(self._add(path))
+        return self.hold(self._add(path, frozen=True))
 
-    def _add(self, path: Path) -> Layer:
+    async def merge(self, layers: Sequence[Layer]) -> Layer:
+        """A held layer that shows what these frozen ones, lowest first, show together."""
+        path = self._new_path()
+        try:
+            await asyncio.to_thread(flatten, [layer.path for layer in layers], path)
+        except BaseException as error:
+            await asyncio.to_thread(_discard, path)
+            if isinstance(error, OSError):
+                raise SandboxError(f"cannot merge {len(layers)} snapshots: {error}") from error
+            raise
+        return self.hold(self._add(path, frozen=True))
+
+    def _add(self, path: Path, *, frozen: bool) -> Layer:
         self.alive += 1
-        return Layer(path)
+        return Layer(path, frozen=frozen)
 
     @staticmethod
     def hold(layer: Layer) -> Layer:

@@ -60,9 +60,9 @@ class LocalEngine:
         self.store = LayerStore(state.path / "layers", sandbox_user())
         self.bottom = state.path / "tools" / "empty"
         self.scratch = state.path / "scratch"
-        self._shell = next(shell for shell in _SHELLS if os.access(shell, os.X_OK))
+        self.shell = next(shell for shell in _SHELLS if os.access(shell, os.X_OK))
         self._names = itertools.count(1)
-        self._alive: dict[str, LocalSandbox] = {}
+        self._alive: set[LocalSandbox] = set()
         self._closed = False
         self._started = self._runs = 0
         self.commands = self.timed_out = self.broken = 0
@@ -71,19 +71,26 @@ class LocalEngine:
 
     @asynccontextmanager
     async def start(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
+        async with self.open(spec) as sandbox:
+            await sandbox.start()
+            self._started += 1
+            yield sandbox
+
+    @asynccontextmanager
+    async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
+        """A sandbox whose processes start when they are first needed."""
         self._check()
         self._enforcement.check(spec.limits)
         sandbox = LocalSandbox(self, spec, self._name())
-        self._alive[sandbox.id] = sandbox
+        self._alive.add(sandbox)
         try:
-            await sandbox.open()
-            self._started += 1
+            await sandbox.gather()
             yield sandbox
         finally:
             try:
                 await sandbox.close()
             finally:
-                self._alive.pop(sandbox.id, None)
+                self._alive.discard(sandbox)
 
     async def run(self, spec: SandboxSpec, command: Command) -> Completed:
         self._check()
@@ -129,7 +136,7 @@ class LocalEngine:
         if not self._closed:
             self._closed = True
             try:
-                await asyncio.gather(*(sandbox.close() for sandbox in self._alive.values()))
+                await asyncio.gather(*(sandbox.close() for sandbox in list(self._alive)))
             finally:
                 await self._client.close()
 
@@ -145,12 +152,9 @@ class LocalEngine:
     def make_box(self, name: str, limits: Limits) -> Box:
         return Box(self._state.path / "boxes" / name, sandbox_user(), limits)
 
-    def argv(self, command: Command) -> tuple[str, ...]:
-        return command.argv if command.argv is not None else (self._shell, "-c", command.shell or "")
-
-    def refused_forks(self, namespace: Namespace) -> int:
+    def refused_forks(self, group: str) -> int:
         """How often a process was refused to this incarnation of a sandbox because it had too many."""
-        return self._enforcement.cgroups.refused_forks(namespace.name)
+        return self._enforcement.cgroups.refused_forks(group)
 
     async def launch(self, namespace: Namespace, spec: SandboxSpec, overlay: Overlay, binds: list[Bind]) -> None:
         """Starts `namespace` with a gate and a rocklet that hands its own resource limits on to every command."""
@@ -180,7 +184,7 @@ class LocalEngine:
             tmp_bytes=spec.limits.tmp_mb * _MB,
             env=environment(spec, command),
             command=become(
-                self._shell,
+                self.shell,
                 command,
                 os.path.join(spec.workdir, command.cwd) if command.cwd is not None else None,
                 self._enforcement.resource_limits(spec.limits),

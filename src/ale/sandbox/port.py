@@ -84,7 +84,15 @@ class Mount(msgspec.Struct, frozen=True):
 
 
 class Snapshot(Protocol):
-    """A frozen workspace: files only, no processes. Any number of sandboxes of the same engine can stand on it."""
+    """A frozen workspace: files, and the state of shell sessions; no processes. Any number of sandboxes of the same
+    engine can stand on it."""
+
+    @property
+    def workdir(self) -> str: ...
+
+    @property
+    def sessions(self) -> Mapping[str, bytes]:
+        """What each shell session would go on with; opaque."""
 
     async def release(self) -> None:
         """Gives the layers back. They are deleted when the last sandbox on them has closed. Idempotent."""
@@ -163,6 +171,15 @@ def environment(spec: SandboxSpec, command: Command) -> dict[str, str]:
     }
 
 
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command used, of itself and of those it started and waited for."""
+
+    user_s: float = 0.0
+    system_s: float = 0.0
+    peak_memory_bytes: int = 0
+    """The largest resident set of any one of these processes."""
+
+
 class Completed(msgspec.Struct, frozen=True, kw_only=True):
     """How a command ended. Worked example: `Completed(exit_code=0, stdout=b"a\\n", duration_s=0.002)`.
 
@@ -179,6 +196,8 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True):
     stderr_dropped: int = 0
     timed_out: bool = False
     duration_s: float = 0.0
+    usage: Usage | None = None
+    """None where no agent watched: one-shot runs, and a sandbox that had to be killed."""
 
     @property
     def ok(self) -> bool:
@@ -194,10 +213,27 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True):
         return f"{head}\n[... {dropped} bytes dropped ...]\n{tail}"
 
 
+FileKind = Literal["file", "directory", "link", "other"]
+
+
+class FileInfo(msgspec.Struct, frozen=True):
+    """A file as it is inside, links not followed. Worked example: `FileInfo("a.txt", "file", 0o644, 2, 1.7e9)`."""
+
+    name: str
+    """Within its directory for `list`, the path as given for `stat`. Bytes that are no UTF-8 as surrogates."""
+    kind: FileKind
+    mode: int
+    """Permission bits."""
+    size: int
+    mtime_s: float
+
+
 class SandboxStatistics(msgspec.Struct, frozen=True, kw_only=True):
     commands: int = 0
     timed_out: int = 0
     snapshots: int = 0
+    reconnects: int = 0
+    """How often the connection to the agent inside broke and was mended."""
 
 
 class EngineStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,8 +250,48 @@ class EngineStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Directories on disk that bases and snapshots stand on."""
 
 
+class Session(Protocol):
+    """A shell whose directory, variables, functions and options carry over from one command to the next."""
+
+    async def exec(self, command: Command) -> Completed:
+        """Runs a command as if typed into the shell; one at a time, in order. Background processes go on.
+
+        `env` and `cwd` of the command stay, as if exported and entered before it. A command that is killed (time-out,
+        cancellation) or that replaces the shell leaves the state as it was before. `exit` ends the command, not the
+        session. Raises as `Sandbox.exec` does.
+        """
+
+
+class Terminal(Protocol):
+    """A command on a pseudo-terminal. Its process tree ends with it."""
+
+    async def send(self, keys: str | bytes) -> None:
+        """Types. Worked examples: `send("ls\\n")`, `send("\\x03")` (Ctrl-C)."""
+
+    async def read(self, *, deadline_s: float) -> bytes:
+        """What was printed since the last call, at least a byte; b"" when the command has ended."""
+
+    async def screen(self) -> tuple[str, ...]:
+        """What a person would see now: `rows` lines. Needs the extra `terminal` (pyte)."""
+
+    async def resize(self, rows: int, columns: int) -> None: ...
+
+    async def wait(self, *, deadline_s: float) -> int:
+        """Waits for the command's end: exit code, or minus the signal that ended it. Output is kept for `screen`."""
+
+
+Address = int | str
+"""Inside a sandbox: a TCP port on 127.0.0.1, or the path of a unix socket."""
+
+MAX_TRANSFER_BYTES = 1 << 40
+
+
 class Sandbox(Protocol):
-    """A live sandbox: a workspace, a private /tmp and the processes in it. Commands may overlap."""
+    """A live sandbox: a workspace, a private /tmp and the processes in it. Commands may overlap.
+
+    A relative path starts at the workdir. Where a file is read or written it is as the sandbox's own user would, and
+    OSError is what the system call inside had to say.
+    """
 
     @property
     def id(self) -> str: ...
@@ -226,16 +302,49 @@ class Sandbox(Protocol):
         Cancelling the call kills the command's process tree. Raises SandboxError when the sandbox has failed or closed.
         """
 
+    def session(self, name: str = "main") -> Session:
+        """The persistent shell of that name; new, or as it was in the snapshot that the sandbox stands on."""
+
+    def terminal(self, command: Command, *, rows: int = 24, columns: int = 80) -> AbstractAsyncContextManager[Terminal]:
+        """Starts a command on a terminal; `stdin` and `timeout_s` of the command are not used."""
+
     async def read_file(self, path: str, *, max_bytes: int = 1024 * 1024) -> bytes:
-        """Reads a regular file as the sandbox's own user sees it; OSError as `open` has it, EFBIG beyond max_bytes."""
+        """Reads a regular file; EFBIG beyond max_bytes."""
 
     async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
-        """Writes a file (at most MAX_FILE_BYTES), making its parent directories; OSError as `open` has it."""
+        """Writes a file (at most MAX_FILE_BYTES), making its parent directories."""
+
+    async def list_files(self, path: str = ".") -> tuple[FileInfo, ...]:
+        """The entries of a directory, by name."""
+
+    async def stat(self, path: str) -> FileInfo: ...
+
+    async def upload(self, source: Path, target: str, *, max_bytes: int = MAX_TRANSFER_BYTES) -> None:
+        """Copies a file or tree of the host into the sandbox, over what is there; memory stays bounded.
+
+        Devices, pipes and sockets are refused. EFBIG beyond max_bytes.
+        """
+
+    async def download(self, source: str, target: Path, *, max_bytes: int) -> int:
+        """Copies a file or tree out of the sandbox to `target`, which must not exist, and removes it again on failure.
+
+        Returns how many devices, pipes and sockets were left out. Symbolic links stay links, wherever they point:
+        do not follow them. Set-id bits are dropped. EFBIG beyond max_bytes.
+        """
+
+    def forward(self, outside: Path, inside: Address) -> AbstractAsyncContextManager[None]:
+        """Listens at the unix socket `outside`; each connection reaches `inside`."""
+
+    def expose(self, outside: Path, inside: Address) -> AbstractAsyncContextManager[None]:
+        """Listens at `inside`; each connection reaches the unix socket `outside` of the host.
+
+        It goes on across snapshots; connections do not.
+        """
 
     async def snapshot(self) -> Snapshot:
         """Ends every process of the sandbox, then freezes its workspace; the sandbox goes on from there.
 
-        A command that is running meanwhile raises SandboxError. /tmp starts empty again.
+        A command that is running meanwhile raises SandboxError. /tmp starts empty again; sessions carry over.
         """
 
     def audit(self) -> Sequence[AuditEvent]:
@@ -246,6 +355,15 @@ class Sandbox(Protocol):
 
     async def lock_network(self) -> None:
         """From here on the sandbox has no network, and what is open is cut: set up online, then let the agent in."""
+
+    def fork(self, count: int) -> AbstractAsyncContextManager[tuple[Sandbox, ...]]:
+        """A snapshot, and `count` sandboxes on it, which are closed at the end. Their processes start when needed."""
+
+    async def ping(self, *, deadline_s: float = 5.0) -> None:
+        """Raises SandboxError unless the sandbox can take a command now."""
+
+    def assign(self, label: str) -> None:
+        """Names the run or episode that the sandbox now belongs to, which was started before that was known."""
 
     def statistics(self) -> SandboxStatistics: ...
 

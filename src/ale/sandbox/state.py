@@ -14,7 +14,7 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -29,6 +29,9 @@ _MIN_FREE_BYTES = 1 << 30
 _DYING_S = 3.0  # how long the processes of a killed engine may take to die
 
 SHARED_MEMORY = Path("/dev/shm")
+
+# In the environment of what `unsafe-process` starts: the root of its sandbox, by which it is found again.
+ROOT_MARK = "ALE_ROOT"
 
 # Whom sandboxes run as when the engine is root: an id that no distribution gives out.
 SANDBOX_USER = (64753, 64753)
@@ -171,27 +174,56 @@ def _locked(fd: int) -> bool:
 
 def _end_processes(name: str) -> None:
     """Kills the processes that still stand on the directory `name` and waits until they are gone."""
+    _kill_until_none(lambda: processes_on(name))
+
+
+def kill_marked(mark: str) -> None:
+    """Kills every process whose environment holds `mark`, until there is none. Blocks."""
+    _kill_until_none(lambda: [pid for pid in _pids() if mark.encode() in _read(pid, "environ").split(b"\0")])
+
+
+def _kill_until_none(find: Callable[[], list[int]]) -> None:
     deadline = time.monotonic() + _DYING_S
-    while (pids := processes_on(name)) and time.monotonic() < deadline:
+    while (pids := find()) and time.monotonic() < deadline:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)  # they are not our children: there is no wait for them
+        time.sleep(0.005)  # they are not our children: there is no wait for them
 
 
 def processes_on(name: str) -> list[int]:
-    pids: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                # bwrap has it in its arguments, whatever bwrap has become in its mounts.
-                if name.encode() in (entry / "cmdline").read_bytes() or shows_tools(entry, name):
-                    pids.append(int(entry.name))
-    return pids
+    """The processes of the engine whose directory has this name; not those that merely speak of it."""
+    return [pid for pid in _pids() if pid != os.getpid() and _stands_on(pid, name)]
+
+
+def _stands_on(pid: int, name: str) -> bool:
+    words = _read(pid, "cmdline").decode("utf-8", "replace").split("\0")
+    if words[0].endswith("/bwrap") and any(f"/{name}/" in word for word in words):
+        return True
+    if any(word.endswith("/launcher.py") for word in words[1:5]) and any(f'/{name}"' in word for word in words):
+        return True
+    environment = _read(pid, "environ").decode("utf-8", "replace").split("\0")
+    if any(word.startswith(f"{ROOT_MARK}=") and f"/{name}/boxes/" in word for word in environment):
+        return True  # of `unsafe-process`
+    return shows_tools(Path(f"/proc/{pid}"), name)
 
 
 def shows_tools(process: Path, name: str) -> bool:
     """Whether a part of the engine's tools is mounted where the process lives, as it is in every sandbox and nowhere
     else. The name alone is no proof: every process of the host sees the mounts that hold workspaces with a quota."""
-    roots = (line.split()[3] for line in (process / "mountinfo").read_text().splitlines())
-    return any(f"/{name}/tools/" in root for root in roots)
+    try:
+        lines = (process / "mountinfo").read_text().splitlines()
+    except OSError:
+        return False  # gone, or another user's
+    return any(f"/{name}/tools/" in line.split()[3] for line in lines)
+
+
+def _pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _read(pid: int, file: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{file}").read_bytes()
+    except OSError:
+        return b""  # gone, or another user's

@@ -2,8 +2,8 @@
 
 What a command can do here, you can do: read your files, use your network, kill your processes. It exists for machines
 that forbid namespaces and for commands that are trusted. Copies stand under a private root, which commands find in
-`$ALE_ROOT` (unset in an isolating backend): `bash "$ALE_ROOT/tests/test.sh"` is right in both. A process that leaves
-its session and drops its environment cannot be found again, and outlives even the close of its sandbox.
+`$ALE_ROOT` (unset in an isolating backend): `bash "$ALE_ROOT/tests/test.sh"` is right in both. The rocklet is an
+ordinary process that adopts every orphan below it, so that even a process that leaves its session is found again.
 """
 
 from __future__ import annotations
@@ -13,75 +13,128 @@ import itertools
 import logging
 import os
 import resource
-import secrets
-import signal
-import time
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
-from ale.errors import SandboxError
-from ale.sandbox.capture import Capture
+from msgspec import structs
+
+from ale.errors import SandboxError, SandboxUnavailable
 from ale.sandbox.cgroup import Cgroups
+from ale.sandbox.channel import Channel
+from ale.sandbox.door import Door
 from ale.sandbox.enforcement import Enforcement
 from ale.sandbox.launcher import remove_tree
 from ale.sandbox.layers import copy_tree
-from ale.sandbox.one_shot import become, open_stdin
-from ale.sandbox.port import (
-    MAX_FILE_BYTES,
-    Command,
-    Completed,
-    EngineStatistics,
-    SandboxSpec,
-    SandboxStatistics,
-    environment,
-)
-from ale.sandbox.rocklet import LINGER_S, read_file, write_file
+from ale.sandbox.port import Command, Completed, EngineStatistics, SandboxSpec, Snapshot, environment
+from ale.sandbox.rocklet import __file__ as rocklet_package
+from ale.sandbox.rocklet_client import RockletClient
+from ale.sandbox.rocklet_sandbox import RockletSandbox
 from ale.sandbox.shielded import shielded
-from ale.sandbox.state import StateDirectory, default_parent, sweep
+from ale.sandbox.state import ROOT_MARK, StateDirectory, default_parent, kill_marked, sweep
 
 WARNING = "sandbox backend unsafe-process: commands run as ordinary processes of this user, with NO isolation"
-_ROOT, _COMMAND = "ALE_ROOT", "ALE_COMMAND"  # environment marks by which processes are found again
-_DYING_S = 10.0
+_PLACEHOLDER = b"\0root\0"  # of a sandbox's root in the state of its sessions: no shell can write a NUL
+_NO_NETWORK = (
+    "SandboxSpec.network: without isolation every command has this user's network, whatever a policy says. "
+    "Leave it out, or use a backend that isolates."
+)
+_START_S = 30.0
+_END_S = 10.0
 _logger = logging.getLogger(__name__)
 
 
 class UnsafeSnapshot:
-    def __init__(self, engine: UnsafeProcessEngine, path: Path) -> None:
-        self.engine, self.path = engine, path
+    def __init__(self, engine: UnsafeProcessEngine, path: Path, workdir: str, sessions: Mapping[str, bytes]) -> None:
+        self.engine, self.path, self.workdir, self.sessions = engine, path, workdir, sessions
 
     async def release(self) -> None:
         if self.path.exists():
             await shielded(asyncio.to_thread(remove_tree, self.path))
 
 
-class UnsafeSandbox:
-    def __init__(self, engine: UnsafeProcessEngine, spec: SandboxSpec, name: str) -> None:
-        self.id = f"{spec.label}-{name}" if spec.label else name
-        self._engine, self._spec = engine, spec
-        self._root = engine.directory / "boxes" / name
-        self._running: set[asyncio.Task[Completed]] = set()
-        self._changing = asyncio.Lock()
-        self._closed = False
-        self._commands = self._timed_out = self._snapshots = 0
+class Processes:
+    """A rocklet as a process of this user, and what it started."""
 
-    def open(self) -> None:
+    rocklet: RockletClient
+
+    def __init__(self, root: Path) -> None:
+        self._mark = f"{ROOT_MARK}={root}"
+        self._process: asyncio.subprocess.Process | None = None
+        self._channel: Channel | None = None
+        self._door = Door()
+
+    async def start(self, limits: Mapping[int, int]) -> None:
+        """Whatever happens, `end()` must follow."""
+        program = Path(rocklet_package).with_name("start.py")
+        arguments = (f"{number}={value}" for number, value in limits.items())
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-I", "-S", str(program), *arguments),
+                    stdin=theirs.fileno(),
+                    stdout=self._door.inner.fileno(),
+                    stderr=subprocess.DEVNULL,
+                    env={},
+                    cwd="/",
+                    start_new_session=True,
+                )
+            self._door.shut_inner()
+            self._channel = await Channel.open(ours, lambda gone: None, self._door.connect)
+        except BaseException:
+            if self._channel is None:
+                ours.close()
+            raise
+        self.rocklet = RockletClient(self._channel, self)
+        await asyncio.wait([self._channel.ready], timeout=_START_S)
+        if not self._channel.ready.done():
+            self._channel.fail(SandboxError("the rocklet did not start in time"))
+        self._channel.ready.result()
+
+    async def cause(self) -> SandboxError | None:
+        return None
+
+    async def end(self) -> None:
+        if self._channel is not None:
+            self._channel.fail(SandboxError("it was ended while this was running"))
+        self._door.close()  # which tells the rocklet to end everything below it, and then itself
+        if self._process is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_END_S):
+                    await self._process.wait()
+            if self._process.returncode is None:
+                self._process.kill()
+                await self._process.wait()
+        await asyncio.to_thread(kill_marked, self._mark)  # whom a killed rocklet could not end
+
+
+class UnsafeSandbox(RockletSandbox):
+    def __init__(self, engine: UnsafeProcessEngine, spec: SandboxSpec, name: str) -> None:
+        super().__init__(spec, name, engine.shell)
+        self._engine = engine
+        self._root = engine.directory / "boxes" / name
+
+    def lay_out(self) -> None:
         """Copies the base and the mounts to where the commands find them. Blocks."""
-        workspace = self._inside(self._spec.workdir)
+        workspace = self._inside(self.spec.workdir)
         workspace.mkdir(parents=True)
-        if isinstance(self._spec.base, tuple):
-            sources = [Path(source) for source in self._spec.base]
-        elif isinstance(self._spec.base, UnsafeSnapshot) and self._spec.base.engine is self._engine:
-            sources = [self._spec.base.path]
+        if isinstance(self.spec.base, tuple):
+            sources = [Path(source) for source in self.spec.base]
+        elif isinstance(self.spec.base, UnsafeSnapshot) and self.spec.base.engine is self._engine:
+            sources = [self.spec.base.path]
         else:
-            raise SandboxError(f"SandboxSpec.base: {self._spec.base!r} is not a snapshot of this engine")
+            raise SandboxError(f"SandboxSpec.base: {self.spec.base!r} is not a snapshot of this engine")
         try:
             for source in sources:
                 if not source.is_dir():
                     raise SandboxError(f"SandboxSpec.base: {str(source)!r} is not a directory")
                 copy_tree(source, workspace, None)
-            for mount in self._spec.mounts:
+            for mount in self.spec.mounts:
                 target = self._inside(mount.target)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if mount.writable:
@@ -95,124 +148,51 @@ class UnsafeSandbox:
         """Where a path of the sandbox stands on the host; relative ones start at the workdir."""
         if "\0" in path:
             raise ValueError("a path cannot hold a NUL byte")
-        return self._root / os.path.join(self._spec.workdir, path).lstrip("/")
+        return self._root / os.path.join(self.spec.workdir, path).lstrip("/")
 
-    def _check(self) -> None:
-        if self._closed:
-            raise SandboxError(f"sandbox {self.id} is closed")
+    def take_up(self) -> None:
+        """Goes on with the sessions of the snapshot that this stands on."""
+        if isinstance(self.spec.base, UnsafeSnapshot):
+            root = os.fsencode(self._root)
+            self.adopt({name: state.replace(_PLACEHOLDER, root) for name, state in self.spec.base.sessions.items()})
 
-    async def exec(self, command: Command) -> Completed:
-        self._check()
-        task = asyncio.ensure_future(self._exec(command))
-        self._running.add(task)
+    async def lock_network(self) -> None:
+        raise SandboxUnavailable(_NO_NETWORK)
+
+    def _path(self, path: str) -> str:
+        return str(self._inside(path))
+
+    def _environment(self, command: Command) -> dict[str, str]:
+        return environment(self.spec, command) | {ROOT_MARK: str(self._root)}
+
+    async def _launch(self) -> Processes:
+        processes = Processes(self._root)
         try:
-            await asyncio.wait([task])
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait([task])
-            self._running.discard(task)
-        if task.cancelled():
-            raise SandboxError(f"sandbox {self.id} was ended")
-        completed = task.result()
-        self._commands += 1
-        self._timed_out += completed.timed_out
-        return completed
+            await processes.start(self._engine.rlimits(self.spec))
+        except BaseException:
+            await shielded(processes.end())
+            raise
+        return processes
 
-    async def _exec(self, command: Command) -> Completed:
-        limits = self._spec.limits
-        mark = secrets.token_hex(8)
-        env = environment(self._spec, command) | {_ROOT: str(self._root), _COMMAND: mark}
-        directory = str(self._inside(command.cwd or ""))
-        argv = become(self._engine.shell, command, directory, self._engine.rlimits(self._spec), limits.cpu_s)
-        started = time.monotonic()
-        with Capture(limits.output_bytes) as out, Capture(limits.output_bytes) as err:
-            with open_stdin(command.stdin) as stdin:
-                try:
-                    process = await asyncio.create_subprocess_exec(
-                        *argv, stdin=stdin, stdout=out.inlet, stderr=err.inlet, env=env, cwd="/", start_new_session=True
-                    )
-                except OSError as error:  # its arguments are too long
-                    return Completed(exit_code=126, stderr=f"cannot start: {error.strerror}\n".encode())
-            out.close_inlet()
-            err.close_inlet()
-            timed_out = False
-            try:
-                async with asyncio.timeout(command.timeout_s):
-                    await process.wait()
-            except TimeoutError:
-                timed_out = True
-            finally:
-                if process.returncode is None:
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                    await shielded(asyncio.to_thread(kill_marked, f"{_COMMAND}={mark}"))
-                    await shielded(process.wait())
-            took_s = time.monotonic() - started
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_S):
-                    await out.ended.wait()
-                    await err.ended.wait()
-            (stdout, stdout_dropped), (stderr, stderr_dropped) = out.finish(), err.finish()
-        code = process.returncode
-        assert code is not None
-        return Completed(
-            exit_code=code if code >= 0 else None,
-            signal=-code if code < 0 else None,
-            stdout=stdout,
-            stderr=stderr,
-            stdout_dropped=stdout_dropped,
-            stderr_dropped=stderr_dropped,
-            timed_out=timed_out,
-            duration_s=took_s,
-        )
+    async def _freeze(self, sessions: Mapping[str, bytes]) -> UnsafeSnapshot:
+        path, root = self._engine.new_layer(), os.fsencode(self._root)
+        await asyncio.to_thread(copy_tree, self._inside(self.spec.workdir), path, None)
+        kept = {name: state.replace(root, _PLACEHOLDER) for name, state in sessions.items()}
+        return UnsafeSnapshot(self._engine, path, self.spec.workdir, kept)
 
-    async def read_file(self, path: str, *, max_bytes: int = 1024 * 1024) -> bytes:
-        self._check()
-        if not 0 <= max_bytes <= MAX_FILE_BYTES:
-            raise ValueError(f"max_bytes must be in 0..{MAX_FILE_BYTES}, got {max_bytes}")
-        with naming(os.path.join(self._spec.workdir, path)):
-            return await asyncio.to_thread(read_file, os.fsencode(self._inside(path)), max_bytes)
+    async def _discard(self) -> None:
+        if self._root.exists():
+            await asyncio.to_thread(remove_tree, self._root)
 
-    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
-        self._check()
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"write_file takes at most {MAX_FILE_BYTES} bytes, got {len(data)}")
-        with naming(os.path.join(self._spec.workdir, path)):
-            await asyncio.to_thread(write_file, os.fsencode(self._inside(path)), mode & 0o777, data)
+    def _branch(self, snapshot: Snapshot) -> AbstractAsyncContextManager[UnsafeSandbox]:
+        return self._engine.open(structs.replace(self.spec, base=snapshot, label=self._label))
 
-    async def snapshot(self) -> UnsafeSnapshot:
-        return await shielded(self._snapshot())
-
-    async def _snapshot(self) -> UnsafeSnapshot:
-        async with self._changing:
-            self._check()
-            await self._end()
-            path = self._engine.new_layer()
-            await asyncio.to_thread(copy_tree, self._inside(self._spec.workdir), path, None)
-            self._snapshots += 1
-            return UnsafeSnapshot(self._engine, path)
-
-    async def _end(self) -> None:
-        for task in self._running:
-            task.cancel()
-        if self._running:
-            await asyncio.wait(self._running)
-        await asyncio.to_thread(kill_marked, f"{_ROOT}={self._root}")
-
-    def statistics(self) -> SandboxStatistics:
-        return SandboxStatistics(commands=self._commands, timed_out=self._timed_out, snapshots=self._snapshots)
-
-    async def close(self) -> None:
-        await shielded(self._close())
-
-    async def _close(self) -> None:
-        async with self._changing:
-            if not self._closed:
-                self._closed = True
-                await self._end()
-                if self._root.exists():
-                    await asyncio.to_thread(remove_tree, self._root)
+    def _count(self, completed: Completed | None) -> None:
+        if completed is None:
+            self._engine.broken += 1
+        else:
+            self._engine.commands += 1
+            self._engine.timed_out += completed.timed_out
 
 
 class UnsafeProcessEngine:
@@ -226,26 +206,28 @@ class UnsafeProcessEngine:
         self._names = itertools.count(1)
         self._alive: set[UnsafeSandbox] = set()
         self._closed = False
-        self._started = self._runs = self._commands = self._timed_out = 0
+        self._started = self._runs = 0
+        self.commands = self.timed_out = self.broken = 0
 
     @asynccontextmanager
     async def start(self, spec: SandboxSpec) -> AsyncIterator[UnsafeSandbox]:
-        async with self._open(spec) as sandbox:
+        async with self.open(spec) as sandbox:
+            await sandbox.start()
             self._started += 1
-            try:
-                yield sandbox
-            finally:
-                self._commands += sandbox.statistics().commands
-                self._timed_out += sandbox.statistics().timed_out
+            yield sandbox
 
     @asynccontextmanager
-    async def _open(self, spec: SandboxSpec) -> AsyncIterator[UnsafeSandbox]:
+    async def open(self, spec: SandboxSpec) -> AsyncIterator[UnsafeSandbox]:
+        """A sandbox whose processes start when they are first needed."""
         if self._closed:
             raise SandboxError("the sandbox engine is closed")
+        if spec.network.mode != "none":
+            raise SandboxUnavailable(_NO_NETWORK)
         sandbox = UnsafeSandbox(self, spec, f"{next(self._names):x}")
         self._alive.add(sandbox)
         try:
-            await shielded(asyncio.to_thread(sandbox.open))
+            await shielded(asyncio.to_thread(sandbox.lay_out))
+            sandbox.take_up()
             yield sandbox
         finally:
             try:
@@ -254,10 +236,10 @@ class UnsafeProcessEngine:
                 self._alive.discard(sandbox)
 
     async def run(self, spec: SandboxSpec, command: Command) -> Completed:
-        async with self._open(spec) as sandbox:
+        async with self.open(spec) as sandbox:
             completed = await sandbox.exec(command)
+        self.commands -= 1  # it counts as a run
         self._runs += 1
-        self._timed_out += completed.timed_out
         return completed
 
     def rlimits(self, spec: SandboxSpec) -> dict[int, int]:
@@ -286,8 +268,9 @@ class UnsafeProcessEngine:
             alive=len(self._alive),
             started=self._started,
             runs=self._runs,
-            commands=self._commands,
-            timed_out=self._timed_out,
+            commands=self.commands,
+            timed_out=self.timed_out,
+            broken=self.broken,
             layers=sum(1 for _ in (self.directory / "layers").iterdir()) if not self._closed else 0,
         )
 
@@ -298,36 +281,6 @@ class UnsafeProcessEngine:
 
     async def _close_all(self) -> None:
         await asyncio.gather(*(sandbox.close() for sandbox in list(self._alive)))
-
-
-class naming:
-    """Puts the path as the sandbox has it into the OSError of a file operation."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            error.filename = self._path
-
-
-def kill_marked(mark: str) -> None:
-    """Kills every process whose environment holds `mark`, until there is none. Blocks."""
-    wanted = mark.encode()
-    deadline = time.monotonic() + _DYING_S
-    while time.monotonic() < deadline:
-        found = False
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with suppress(OSError):
-                    if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                        os.kill(int(entry.name), signal.SIGKILL)
-                        found = True
-        if not found:
-            return
-        time.sleep(0.002)  # they are not our children: there is no wait for them
 
 
 @asynccontextmanager

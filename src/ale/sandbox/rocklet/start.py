@@ -1,0 +1,9 @@
+"""Run as a program: finds its package where this file lies, and starts the rocklet."""
+
+import sys
+
+sys.path.append(__file__.rpartition("/")[0].rpartition("/")[0])
+
+from rocklet.agent import main
+
+main()
