@@ -7,7 +7,7 @@ holds is the policy of the network and the sandbox itself; an alarm tells that s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 
@@ -39,17 +39,22 @@ _POOLS = r"minexmr|supportxmr|nanopool|2miners|nicehash|unmineable|f2pool|monero
 _TUNNELS = r"ngrok|cloudflared|frpc|chisel|autossh|localtunnel|sshuttle|tailscaled?|stunnel"
 _WORD = r"(?<![\w.-])(?:{})(?![\w-])"
 
+# The text comes from the model: every repetition below is bounded, and so is what is read of it.
+_MAX_HEARD = 65536
 _SPOKEN: dict[RuleName, re.Pattern[str]] = {
     name: re.compile("|".join(patterns), re.IGNORECASE if name == "miner" else 0)
     for name, patterns in {
         "tunnel": (
-            r"(?<![\w.-])ssh\s[^\n;|&]*(?<=\s)-[A-Za-z0-9]*[RDLWw](?![a-z])",  # -R 8080:localhost:22, -fND 1080
+            r"(?<![\w.-])ssh\s[^\n;|&]{0,120}(?<=\s)-[A-Za-z0-9]{0,12}[RDLWw](?![a-z])",  # -R 8080:localhost:22, -fND 1080
             _WORD.format(_TUNNELS),
-            r"(?<![\w.-])(?:nc|ncat|netcat)\s[^\n;|&]*(?<=\s)-[a-zA-Z]*[ec](?=\s)",
-            r"(?<![\w.-])socat\s[^\n;|&]*(?:EXEC|SYSTEM|TCP|OPENSSL)",
+            r"(?<![\w.-])(?:nc|ncat|netcat)\s[^\n;|&]{0,120}(?<=\s)-[a-zA-Z]{0,12}[ec](?=\s)",
+            r"(?<![\w.-])socat\s[^\n;|&]{0,120}(?:EXEC|SYSTEM|TCP|OPENSSL)",
             r"/dev/(?:tcp|udp)/",
         ),
-        "scan": (_WORD.format("nmap|masscan|zmap|rustscan"), r"(?<![\w.-])(?:nc|ncat|netcat)\s+[^\n;|&]*-[a-z]*z"),
+        "scan": (
+            _WORD.format("nmap|masscan|zmap|rustscan"),
+            r"(?<![\w.-])(?:nc|ncat|netcat)\s[^\n;|&]{0,120}-[a-z]{0,12}z",
+        ),
         "miner": (_WORD.format(_MINERS), rf"\b(?:{_POOLS})\b", r"stratum\+(?:tcp|ssl|tls)://"),
         "tests": (
             rf"(?<![\w.-]){re.escape(TESTS_DIR)}(?![\w-])",
@@ -63,12 +68,12 @@ _MINER_PROCESS = re.compile(_MINERS, re.IGNORECASE)
 def heard(text: str) -> Iterator[tuple[RuleName, str]]:
     """The rules that a command's text breaks, each with the words that do."""
     for name, pattern in _SPOKEN.items():
-        if (match := pattern.search(text)) is not None:
+        if (match := pattern.search(text, 0, _MAX_HEARD)) is not None:
             yield name, match.group().strip()
 
 
-def seen(event: AuditEvent, earlier: Iterable[AuditEvent]) -> Iterator[tuple[RuleName, str]]:
-    """The rules that an event breaks, alone or together with earlier ones of the same sandbox."""
+def seen(event: AuditEvent, tried: set[tuple[str, int]]) -> Iterator[tuple[RuleName, str]]:
+    """The rules that an event breaks, alone or with what its command has `tried` before, to which it is added."""
     if event.kind == "fork":
         yield "forks", event.reason
         return
@@ -78,6 +83,7 @@ def seen(event: AuditEvent, earlier: Iterable[AuditEvent]) -> Iterator[tuple[Rul
     if event.port in _MINING_PORTS or _MINER_PROCESS.search(event.process) or re.search(_POOLS, event.host):
         yield "miner", where
     if event.kind != "proxy" or not event.allowed:
-        tried = {(other.host, other.port) for other in earlier if other.command == event.command and not other.allowed}
-        if len(tried | {(event.host, event.port)}) > SCANNED:
+        if len(tried) <= SCANNED:
+            tried.add((event.host, event.port))
+        if len(tried) > SCANNED:
             yield "scan", f"{len(tried)} destinations, {where} the last"

@@ -32,6 +32,7 @@ class AuditLog:
         self._opened = time.monotonic()
         self._numbers = itertools.count(1)
         self._last = 0
+        self._tried: tuple[int, set[tuple[str, int]]] = (0, set())  # a command, and its destinations
         self._running: dict[int, bytes] = {}  # number -> its command line, as the kernel shows it
         self._asking: deque[Attempt] = deque(maxlen=_MAX_PENDING)  # on their way to the proxy
         self.stopped: SandboxStopped | None = None
@@ -96,7 +97,9 @@ class AuditLog:
 
     def _add(self, **fields: object) -> None:
         event = AuditEvent(sandbox=self.sandbox, at_s=time.monotonic() - self._opened, **fields)  # type: ignore[arg-type]
-        for rule, evidence in seen(event, self.events):
+        if self._tried[0] != event.command:
+            self._tried = (event.command, set())
+        for rule, evidence in seen(event, self._tried[1]):
             self._alarm(rule, event.command, evidence)
         if len(self.events) < MAX_EVENTS:
             self.events.append(event)

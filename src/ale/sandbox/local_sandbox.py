@@ -13,6 +13,7 @@ from ale.sandbox.box import Box
 from ale.sandbox.foundation import Foundation, LocalSnapshot
 from ale.sandbox.layers import tree_bytes
 from ale.sandbox.namespace import Namespace
+from ale.sandbox.network import NO_NETWORK
 from ale.sandbox.outside import Outside
 from ale.sandbox.port import Completed, SandboxSpec, Snapshot
 from ale.sandbox.rocklet_client import OutOfMemory
@@ -64,6 +65,7 @@ class LocalSandbox(RockletSandbox):
         return namespace
 
     async def lock_network(self) -> None:
+        self.spec = structs.replace(self.spec, network=NO_NETWORK)  # of forks and of what follows a snapshot too
         await self._outside.lock()
 
     def _refused_forks(self) -> int:

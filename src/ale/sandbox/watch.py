@@ -27,7 +27,7 @@ _CONTINUE = 1
 _RECV, _SEND, _ID_VALID = 0xC0502100, 0xC0182101, 0x40082102
 _ADDRESS_BYTES = 28  # the longest that is looked at: sockaddr_in6
 # So many reports are taken in one go; then the programs that wait for an answer wait, and the engine does not.
-_BURST, _PAUSE_S = 100, 0.1
+_BURST, _PAUSE_S = 50, 0.1
 
 
 class Attempt(NamedTuple):
