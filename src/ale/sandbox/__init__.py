@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, assert_never
 
+from ale.sandbox.checkpoint import checkpoint, restore
 from ale.sandbox.port import (
     Command,
     Completed,
@@ -42,7 +43,9 @@ __all__ = [
     "Snapshot",
     "Terminal",
     "Usage",
+    "checkpoint",
     "open_engine",
+    "restore",
 ]
 
 Kind = Literal["local", "unsafe-process"]
