@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, assert_never
 
+from ale.sandbox.admission import Capacity
 from ale.sandbox.checkpoint import checkpoint, restore
+from ale.sandbox.pool import Pool, PoolStatistics, open_pool
 from ale.sandbox.port import (
     Command,
     Completed,
@@ -29,12 +31,15 @@ from ale.sandbox.port import (
 )
 
 __all__ = [
+    "Capacity",
     "Command",
     "Completed",
     "EngineStatistics",
     "FileInfo",
     "Limits",
     "Mount",
+    "Pool",
+    "PoolStatistics",
     "Sandbox",
     "SandboxEngine",
     "SandboxSpec",
@@ -45,6 +50,7 @@ __all__ = [
     "Usage",
     "checkpoint",
     "open_engine",
+    "open_pool",
     "restore",
 ]
 
