@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from ale.audit import Alarm, AuditEvent
+from ale.sandbox.admission import Capacity
 from ale.sandbox.alarms import AlarmRules
+from ale.sandbox.checkpoint import checkpoint, restore
 from ale.sandbox.network import Network, Rule
+from ale.sandbox.pool import Pool, PoolStatistics, open_pool
 from ale.sandbox.port import (
     Command,
     Completed,
@@ -34,6 +37,7 @@ __all__ = [
     "Alarm",
     "AlarmRules",
     "AuditEvent",
+    "Capacity",
     "Command",
     "Completed",
     "EngineStatistics",
@@ -41,6 +45,8 @@ __all__ = [
     "Limits",
     "Mount",
     "Network",
+    "Pool",
+    "PoolStatistics",
     "Rule",
     "Sandbox",
     "SandboxEngine",
@@ -50,7 +56,10 @@ __all__ = [
     "Snapshot",
     "Terminal",
     "Usage",
+    "checkpoint",
     "open_engine",
+    "open_pool",
+    "restore",
 ]
 
 Kind = Literal["local", "unsafe-process"]

@@ -44,6 +44,7 @@ class LocalSandbox(RockletSandbox):
         await self._foundation.gather(self.spec)
         if isinstance(self.spec.base, LocalSnapshot):
             self.adopt(self.spec.base.sessions)
+        self.adopt(self.spec.sessions)
 
     async def _launch(self) -> Namespace:
         namespace = Namespace(f"{self.name}.{self._incarnations}")

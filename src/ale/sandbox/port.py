@@ -110,6 +110,8 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     network: Network = NO_NETWORK
     """What its commands may reach, through the engine's proxy. One-shot runs have none."""
     alarms: AlarmRules = AlarmRules()
+    sessions: Mapping[str, bytes] = msgspec.field(default_factory=dict)
+    """What shell sessions go on with, as `Snapshot.sessions` has it; those of a snapshot as base come by themselves."""
     label: str = ""
     """The run or episode that this sandbox belongs to; part of its `id` and of every error about it."""
 
@@ -329,7 +331,7 @@ class Sandbox(Protocol):
         """Copies a file or tree out of the sandbox to `target`, which must not exist, and removes it again on failure.
 
         Returns how many devices, pipes and sockets were left out. Symbolic links stay links, wherever they point:
-        do not follow them. Set-id bits are dropped. EFBIG beyond max_bytes.
+        do not follow them. Set-id bits are dropped, the owner may always read and write. EFBIG beyond max_bytes.
         """
 
     def forward(self, outside: Path, inside: Address) -> AbstractAsyncContextManager[None]:

@@ -42,6 +42,9 @@ from ale.sandbox.tunnel import Relays, encode
 
 T = TypeVar("T")
 
+# Of a sandbox's root in the state of its sessions, where that is not "/": no shell can write a NUL.
+ROOT_PLACEHOLDER = b"\0root\0"
+
 
 class Incarnation(Protocol):
     """The processes of a sandbox, from the start of its rocklet to the death of the last."""
@@ -94,6 +97,10 @@ class RockletSandbox(ABC):
             raise ValueError("a path cannot hold a NUL byte")
         return os.path.join(self.spec.workdir, path)
 
+    def _outer_root(self) -> str:
+        """What the absolute paths of the port start with where the rocklet is."""
+        return ""
+
     def _environment(self, command: Command) -> dict[str, str]:
         return environment(self.spec, command)
 
@@ -119,8 +126,9 @@ class RockletSandbox(ABC):
         self.log.sandbox = self.id
 
     def adopt(self, sessions: Mapping[str, bytes]) -> None:
-        """Takes up the sessions of a snapshot."""
+        """Takes up the sessions of a snapshot or checkpoint."""
         for name, state in sessions.items():
+            state = state.replace(ROOT_PLACEHOLDER, os.fsencode(self._outer_root()))
             self._sessions[name] = ShellSession(name, state, self._run, self._shell)
 
     async def start(self) -> None:
@@ -373,7 +381,11 @@ class RockletSandbox(ABC):
             self._check()
             await self._end()
             self._snapshots += 1
-            return await self._freeze({name: session.state for name, session in self._sessions.items()})
+            root = os.fsencode(self._outer_root())
+            states = {name: session.state for name, session in self._sessions.items()}
+            return await self._freeze(
+                {name: state.replace(root, ROOT_PLACEHOLDER) if root else state for name, state in states.items()}
+            )
 
     @asynccontextmanager
     async def fork(self, count: int) -> AsyncIterator[tuple[RockletSandbox, ...]]:
