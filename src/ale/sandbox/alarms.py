@@ -41,26 +41,27 @@ _WORD = r"(?<![\w.-])(?:{})(?![\w-])"
 
 # The text comes from the model: every repetition below is bounded, and so is what is read of it.
 _MAX_HEARD = 65536
-_SPOKEN: dict[RuleName, re.Pattern[str]] = {
+_PATTERNS: dict[RuleName, tuple[str, ...]] = {
+    "tunnel": (
+        r"(?<![\w.-])ssh\s[^\n;|&]{0,120}(?<=\s)-[A-Za-z0-9]{0,12}[RDLWw](?![a-z])",  # -fNR 8080:localhost:22
+        _WORD.format(_TUNNELS),
+        r"(?<![\w.-])(?:nc|ncat|netcat)\s[^\n;|&]{0,120}(?<=\s)-[a-zA-Z]{0,12}[ec](?=\s)",
+        r"(?<![\w.-])socat\s[^\n;|&]{0,120}(?:EXEC|SYSTEM|TCP|OPENSSL)",
+        r"/dev/(?:tcp|udp)/",
+    ),
+    "scan": (
+        _WORD.format("nmap|masscan|zmap|rustscan"),
+        r"(?<![\w.-])(?:nc|ncat|netcat)\s[^\n;|&]{0,120}-[a-z]{0,12}z",
+    ),
+    "miner": (_WORD.format(_MINERS), rf"\b(?:{_POOLS})\b", r"stratum\+(?:tcp|ssl|tls)://"),
+    "tests": (
+        rf"(?<![\w.-]){re.escape(TESTS_DIR)}(?![\w-])",
+        rf"{re.escape(REWARD_FILE.rsplit('/', 1)[0])}|\breward\.(?:txt|json)\b",
+    ),
+}
+_SPOKEN = {
     name: re.compile("|".join(patterns), re.IGNORECASE if name == "miner" else 0)
-    for name, patterns in {
-        "tunnel": (
-            r"(?<![\w.-])ssh\s[^\n;|&]{0,120}(?<=\s)-[A-Za-z0-9]{0,12}[RDLWw](?![a-z])",  # -R 8080:localhost:22, -fND 1080
-            _WORD.format(_TUNNELS),
-            r"(?<![\w.-])(?:nc|ncat|netcat)\s[^\n;|&]{0,120}(?<=\s)-[a-zA-Z]{0,12}[ec](?=\s)",
-            r"(?<![\w.-])socat\s[^\n;|&]{0,120}(?:EXEC|SYSTEM|TCP|OPENSSL)",
-            r"/dev/(?:tcp|udp)/",
-        ),
-        "scan": (
-            _WORD.format("nmap|masscan|zmap|rustscan"),
-            r"(?<![\w.-])(?:nc|ncat|netcat)\s[^\n;|&]{0,120}-[a-z]{0,12}z",
-        ),
-        "miner": (_WORD.format(_MINERS), rf"\b(?:{_POOLS})\b", r"stratum\+(?:tcp|ssl|tls)://"),
-        "tests": (
-            rf"(?<![\w.-]){re.escape(TESTS_DIR)}(?![\w-])",
-            rf"{re.escape(REWARD_FILE.rsplit('/', 1)[0])}|\breward\.(?:txt|json)\b",
-        ),
-    }.items()
+    for name, patterns in _PATTERNS.items()
 }
 _MINER_PROCESS = re.compile(_MINERS, re.IGNORECASE)
 
