@@ -86,6 +86,7 @@ class Namespace:
         """Why it ended by itself, where that is known; whatever is left of it is killed."""
         assert self._launched is not None
         ended = await self._launched.end(_DYING_S)
+        self._release()
         return OutOfMemory("it used more memory than it may, files included") if ended.out_of_memory else None
 
     async def end(self) -> None:
@@ -95,6 +96,10 @@ class Namespace:
         if self._launched is not None:
             with contextlib.suppress(SandboxError):  # the launcher has gone, and every sandbox with it
                 await self._launched.kill()
+        self._release()
+
+    def _release(self) -> None:
+        """Closes what the engine holds of a namespace whose processes have gone."""
         if self._door is not None:
             self._door.close()
         if self._stderr >= 0:
