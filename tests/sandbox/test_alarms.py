@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from ale.audit import AuditEvent
+from ale.envs.terminal import TerminalEnv
 from ale.errors import SandboxStopped
+from ale.messages import Score
 from ale.sandbox import AlarmRules, Command, Limits, Network, Rule, SandboxSpec
 from ale.sandbox.alarms import SCANNED, heard, seen
 from ale.sandbox.egress import hang_up
+from ale.task import Task
 
 HERE = "127.0.0.1"
 
@@ -201,3 +204,23 @@ async def test_a_flood_of_connections_neither_fills_the_log_nor_starves_the_engi
             assert (await neighbour.exec(Command(shell="true"))).ok
         assert (await flood).timed_out
         assert 0 < len(sandbox.audit()) <= 1000
+
+
+async def test_an_environment_tells_of_alarms_turn_by_turn_and_ends_when_one_stops_it(local: Any) -> None:
+    async def never(task: Task, snapshot: object) -> Score:
+        raise AssertionError("a stopped episode is not graded")
+
+    task = Task(id="t", instruction="", files=(), tests=())
+    env = TerminalEnv(task, local, never, alarms=AlarmRules(miner="stop"))
+    try:
+        await env.reset()
+        turns = [(await env.step(line)).result for line in ("ls", "cat /tests/test.sh", "ls")]
+        last = await env.step("xmrig -o pool:3333")
+        with pytest.raises(SandboxStopped):
+            await env.score()
+    finally:
+        await env.close()
+    assert [[alarm.rule for alarm in turn.alarms] for turn in turns if turn is not None] == [[], ["tests"], []]
+    assert last.terminated
+    assert last.result is not None
+    assert [(alarm.rule, alarm.action, alarm.command) for alarm in last.result.alarms] == [("miner", "stop", 4)]
