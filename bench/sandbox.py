@@ -213,13 +213,17 @@ def private_kb(engine: SandboxEngine) -> int:
     return total
 
 
+def make_tree(folder: Path) -> None:
+    for number in range(FILES):
+        path = folder / str(number // 100) / str(number)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(os.urandom(10_000))
+
+
 @asynccontextmanager
 async def opened() -> AsyncIterator[Bench]:
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(FILES):
-            path = Path(folder, str(number // 100), str(number))
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(os.urandom(10_000))
+        make_tree(Path(folder))
         async with open_engine("local") as engine:
             yield Bench(engine, Path(folder))
 

@@ -20,7 +20,7 @@ from ale.agent.actions import Answer, Call, Malformed, parse, render
 from ale.agent.chat import Chat
 from ale.config import AgentConfig
 from ale.envs.env import Env
-from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, WorkerDied
+from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, SandboxStopped, WorkerDied
 from ale.messages import Chunk, Demonstration, Ending, Generate, Rollout, Status, ToolResult, Trajectory, Turn
 from ale.policy.port import Policy
 from ale.task import Task
@@ -72,6 +72,8 @@ async def run_episode(
                 status, cause = "illegal_tool_calls", f"{record.illegal} malformed calls"
             else:
                 reward = (await env.score()).reward
+    except SandboxStopped as error:
+        status, cause = "stopped_by_alarm", str(error)
     except SandboxError as error:
         status, cause = "sandbox_failure", str(error)
     except (PolicyError, WorkerDied) as error:

@@ -10,8 +10,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, assert_never
 
+from ale.audit import Alarm, AuditEvent
 from ale.sandbox.admission import Capacity
+from ale.sandbox.alarms import AlarmRules
 from ale.sandbox.checkpoint import checkpoint, restore
+from ale.sandbox.network import Network, Rule
 from ale.sandbox.pool import Pool, PoolStatistics, open_pool
 from ale.sandbox.port import (
     Command,
@@ -31,6 +34,9 @@ from ale.sandbox.port import (
 )
 
 __all__ = [
+    "Alarm",
+    "AlarmRules",
+    "AuditEvent",
     "Capacity",
     "Command",
     "Completed",
@@ -38,8 +44,10 @@ __all__ = [
     "FileInfo",
     "Limits",
     "Mount",
+    "Network",
     "Pool",
     "PoolStatistics",
+    "Rule",
     "Sandbox",
     "SandboxEngine",
     "SandboxSpec",

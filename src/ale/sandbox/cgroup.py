@@ -28,6 +28,17 @@ class Cgroups(msgspec.Struct, frozen=True):
     hierarchies: tuple[Hierarchy, ...] = ()
     enforces: dict[str, str] = {}
 
+    def refused_forks(self, group: str) -> int:
+        """How often `pids.max` refused a process in a group; 0 where the kernel does not count."""
+        for hierarchy in self.hierarchies:
+            if "pids" in hierarchy.limits:
+                try:
+                    text = (Path(hierarchy.directory) / group / "pids.events").read_text()
+                except OSError:
+                    return 0
+                return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("max ")), 0)
+        return 0
+
     def remove(self) -> None:
         for hierarchy in self.hierarchies:
             remove_groups(Path(hierarchy.directory))

@@ -7,7 +7,8 @@ however it goes, the launcher kills every sandbox, waits until the kernel has ta
 their cgroups and their files, and ends. Should it be killed too, the sandboxes die with it.
 
 Messages are JSON, one per SOCK_SEQPACKET datagram.
-Engine to launcher: {"spawn": id, "argv", "limits"}, with descriptors 0 to 2 as ancillary data
+Engine to launcher: {"spawn": id, "argv", "limits"}, with descriptors 0 to 2 and, for the gate, 5 as
+                    ancillary data
                     {"kill": id}
 Launcher to engine: {"ready": pid}
                     {"ended": id, "exit_code", "setup": whether the command was reached, "out_of_memory": whether that
@@ -31,7 +32,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _MAX_MESSAGE = 1 << 20
 _END_S = 30.0  # beyond this a process is stuck in the kernel, and the next start's sweep has to do
 _FIRST_FREE_FD = 10  # below lie the descriptors that a sandbox starts with
-SECCOMP_FD, STATUS_FD = 3, 4
+SECCOMP_FD, STATUS_FD, GATE_FD = 3, 4, 5
+_STDIO = (0, 1, 2, GATE_FD)  # where the descriptors of a spawn go
 _KILLED = (-9, 128 + 9)  # of the monitor, of process 1
 _OOM_SCORE_ADJ = "500"  # when the host runs out of memory a sandbox goes before the training run
 
@@ -90,7 +92,9 @@ class Launcher:
 
     def receive(self) -> bool:
         # Not socket.recv_fds: it loses the flag, and every sandbox would inherit these descriptors.
-        data, ancillary, _, _ = self.control.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(3 * 4), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self.control.recvmsg(
+            _MAX_MESSAGE, socket.CMSG_SPACE(len(_STDIO) * 4), socket.MSG_CMSG_CLOEXEC
+        )
         fds = [fd for _, _, packed in ancillary for fd in memoryview(packed).cast("i")]
         if not data:
             return False
@@ -114,7 +118,9 @@ class Launcher:
     def spawn(self, message: dict[str, Any], fds: list[int]) -> None:
         name = message["spawn"]
         status_out, status_in = os.pipe2(os.O_CLOEXEC)
-        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)]
+        actions: list[tuple[Any, ...]] = [
+            (os.POSIX_SPAWN_DUP2, fd, target) for fd, target in zip(fds, _STDIO, strict=False)
+        ]
         actions.append((os.POSIX_SPAWN_OPEN, SECCOMP_FD, self.seccomp, os.O_RDONLY, 0))
         actions.append((os.POSIX_SPAWN_DUP2, status_in, STATUS_FD))
         cgroups: list[str] = []

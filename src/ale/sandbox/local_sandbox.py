@@ -13,6 +13,8 @@ from ale.sandbox.box import Box
 from ale.sandbox.foundation import Foundation, LocalSnapshot
 from ale.sandbox.layers import tree_bytes
 from ale.sandbox.namespace import Namespace
+from ale.sandbox.network import NO_NETWORK
+from ale.sandbox.outside import Outside
 from ale.sandbox.port import Completed, SandboxSpec, Snapshot
 from ale.sandbox.rocklet_client import OutOfMemory
 from ale.sandbox.rocklet_sandbox import RockletSandbox
@@ -35,6 +37,7 @@ class LocalSandbox(RockletSandbox):
         self._incarnations = 0
         self._box: Box | None = None  # with the current upper directory
         self._times_out_of_memory = 0
+        self._outside = Outside(spec.network, self.log)
 
     async def gather(self) -> None:
         """Takes hold of what the workspace stands on."""
@@ -56,10 +59,22 @@ class LocalSandbox(RockletSandbox):
             spec = structs.replace(spec, limits=structs.replace(spec.limits, memory_mb=memory_mb))
         try:
             await self._engine.launch(namespace, spec, overlay, self._foundation.binds)
+            await self._outside.attach(namespace)
         except BaseException:
             await shielded(namespace.end())
             raise
         return namespace
+
+    async def lock_network(self) -> None:
+        self.spec = structs.replace(self.spec, network=NO_NETWORK)  # of forks and of what follows a snapshot too
+        await self._outside.lock()
+
+    def _refused_forks(self) -> int:
+        return self._engine.refused_forks(f"{self.name}.{self._incarnations - 1}")
+
+    async def _end(self) -> None:
+        await self._outside.detach()
+        await super()._end()
 
     async def _freeze(self, sessions: Mapping[str, bytes]) -> LocalSnapshot:
         foundation = self._foundation

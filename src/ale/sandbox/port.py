@@ -14,12 +14,16 @@ that itself fails raises `SandboxError`, and the engine and its other sandboxes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
+
+from ale.audit import Alarm, AuditEvent
+from ale.sandbox.alarms import AlarmRules
+from ale.sandbox.network import NO_NETWORK, Network, proxy_environment
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -103,6 +107,9 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: Mapping[str, str] = msgspec.field(default_factory=dict)
     limits: Limits = Limits()
     mounts: tuple[Mount, ...] = ()
+    network: Network = NO_NETWORK
+    """What its commands may reach, through the engine's proxy. One-shot runs have none."""
+    alarms: AlarmRules = AlarmRules()
     sessions: Mapping[str, bytes] = msgspec.field(default_factory=dict)
     """What shell sessions go on with, as `Snapshot.sessions` has it; those of a snapshot as base come by themselves."""
     label: str = ""
@@ -156,7 +163,14 @@ def check_environment(field: str, env: Mapping[str, str]) -> None:
 
 def environment(spec: SandboxSpec, command: Command) -> dict[str, str]:
     """The whole environment of a command: nothing of the engine's own comes in."""
-    return {"PATH": DEFAULT_PATH, "HOME": "/tmp", "LANG": "C.UTF-8", **spec.env, **command.env}
+    return {
+        "PATH": DEFAULT_PATH,
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        **proxy_environment(spec.network),
+        **spec.env,
+        **command.env,
+    }
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -334,6 +348,15 @@ class Sandbox(Protocol):
 
         A command that is running meanwhile raises SandboxError. /tmp starts empty again; sessions carry over.
         """
+
+    def audit(self) -> Sequence[AuditEvent]:
+        """What its commands tried to reach, allowed or not, in order; the first MAX_EVENTS of it."""
+
+    def alarms(self) -> Sequence[Alarm]:
+        """The alarms that its commands and events raised."""
+
+    async def lock_network(self) -> None:
+        """From here on the sandbox has no network, and what is open is cut: set up online, then let the agent in."""
 
     def fork(self, count: int) -> AbstractAsyncContextManager[tuple[Sandbox, ...]]:
         """A snapshot, and `count` sandboxes on it, which are closed at the end. Their processes start when needed."""

@@ -70,7 +70,14 @@ _ROCKLET = 1
 _EPERM, _ENOSYS, _EPROTONOSUPPORT, _EAFNOSUPPORT = 1, 38, 93, 97
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
-_NR, _ARCH, _ARG0, _ARG1, _ARG2 = 0, 4, 16, 24, 32  # in struct seccomp_data, low halves of little-endian arguments
+_NR, _ARCH, _ARG0, _ARG1, _ARG2, _ARG4 = (
+    0,
+    4,
+    16,
+    24,
+    32,
+    48,
+)  # in struct seccomp_data, low halves of little-endian arguments
 
 
 def _op(code: int, k: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -126,3 +133,30 @@ def filter_program(machine: str | None = None) -> bytes:
     denied = [calls[column] for group in DENIED.values() for calls in group.values()]
     program += _choose([number for number in denied if number is not None], refuse, _allow)
     return b"".join(program)
+
+
+_CONNECT, _SENDTO = (42, 203), (44, 206)
+_USER_NOTIFICATION = 0x7FC00000
+
+
+def watch_numbers(machine: str) -> tuple[int, int]:
+    """The call numbers of connect and sendto."""
+    column, _ = _ARCHITECTURES[machine]
+    return _CONNECT[column], _SENDTO[column]
+
+
+def watch_program(machine: str | None = None) -> bytes:
+    """A filter that reports connect, and sendto with an address. It refuses nothing, and stands on `filter_program`,
+    which has refused the calls of every other architecture."""
+    connect, sendto = watch_numbers(machine or platform.machine())
+    report = _op(_RET, _USER_NOTIFICATION)
+    addressed = [
+        _op(_LOAD, _ARG4),
+        _op(_JEQ, 0, 1, 0),
+        report,
+        _op(_LOAD, _ARG4 + 4),
+        _op(_JEQ, 0, 1, 0),
+        report,
+        _allow,
+    ]
+    return b"".join([_op(_LOAD, _NR), *_when(connect, [report]), *_when(sendto, addressed), _allow])

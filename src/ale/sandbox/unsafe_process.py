@@ -23,7 +23,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from ale.errors import SandboxError
+from ale.errors import SandboxError, SandboxUnavailable
 from ale.sandbox.cgroup import Cgroups
 from ale.sandbox.channel import Channel
 from ale.sandbox.door import Door
@@ -38,6 +38,10 @@ from ale.sandbox.shielded import shielded
 from ale.sandbox.state import ROOT_MARK, StateDirectory, default_parent, kill_marked, sweep
 
 WARNING = "sandbox backend unsafe-process: commands run as ordinary processes of this user, with NO isolation"
+_NO_NETWORK = (
+    "SandboxSpec.network: without isolation every command has this user's network, whatever a policy says. "
+    "Leave it out, or use a backend that isolates."
+)
 _START_S = 30.0
 _END_S = 10.0
 _logger = logging.getLogger(__name__)
@@ -154,6 +158,9 @@ class UnsafeSandbox(RockletSandbox):
     def _outer_root(self) -> str:
         return str(self._root)
 
+    async def lock_network(self) -> None:
+        raise SandboxUnavailable(_NO_NETWORK)
+
     def _path(self, path: str) -> str:
         return str(self._inside(path))
 
@@ -215,6 +222,8 @@ class UnsafeProcessEngine:
         """A sandbox whose processes start when they are first needed."""
         if self._closed:
             raise SandboxError("the sandbox engine is closed")
+        if spec.network.mode != "none":
+            raise SandboxUnavailable(_NO_NETWORK)
         sandbox = UnsafeSandbox(self, spec, f"{next(self._names):x}")
         self._alive.add(sandbox)
         try:
