@@ -148,7 +148,7 @@ def _read(path: Path, tree: Path, max_bytes: int) -> Manifest:
             writer = TreeWriter(os.fsencode(tree), max_bytes, fresh=True)
             try:
                 for member in archive:
-                    archive.members = []  # type: ignore[misc]  # else it keeps them all
+                    archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
                     if member.name != _MANIFEST:
                         _lay_out(archive, member, writer, digest)
                 writer.feed(end_of_tree(0))
@@ -165,7 +165,7 @@ def _read(path: Path, tree: Path, max_bytes: int) -> Manifest:
 def _manifest(path: Path) -> Manifest:
     with tarfile.open(path, "r:", encoding="utf-8") as archive:
         for member in archive:
-            archive.members = []  # type: ignore[misc]
+            archive.members = []  # type: ignore[attr-defined]
             if member.name == _MANIFEST and member.isreg() and member.size <= _MAX_MANIFEST_BYTES:
                 file = archive.extractfile(member)
                 assert file is not None

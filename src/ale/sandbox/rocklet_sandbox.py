@@ -59,6 +59,7 @@ class RockletSandbox(ABC):
         self.name, self.spec = name, spec
         self._label, self._shell = spec.label, shell
         self._incarnation: Incarnation | None = None
+        self._dead: list[Incarnation] = []  # that ended by themselves, with what is left of them here
         self._changing = asyncio.Lock()  # start, snapshot and close exclude one another
         self._broken: SandboxError | None = None
         self._closed = False
@@ -145,6 +146,7 @@ class RockletSandbox(ABC):
         return self._incarnation
 
     async def _begin(self) -> Incarnation:
+        await self._bury()
         incarnation = await self._launch()
         try:
             for address, outside in self._exposed.items():
@@ -172,6 +174,7 @@ class RockletSandbox(ABC):
         except OutOfMemory as error:
             if incarnation is self._incarnation:
                 self._leave()
+                self._dead.append(incarnation)
                 self._out_of_memory(error)
             raise
         except SandboxError as error:
@@ -197,7 +200,12 @@ class RockletSandbox(ABC):
     async def _end(self) -> None:
         incarnation = self._leave()
         if incarnation is not None:
-            await incarnation.end()
+            self._dead.append(incarnation)
+        await self._bury()
+
+    async def _bury(self) -> None:
+        while self._dead:
+            await self._dead.pop().end()
 
     async def close(self) -> None:
         await shielded(self._close())
