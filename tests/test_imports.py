@@ -22,7 +22,7 @@ LAYERS = (
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models"},
     {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "process", "testing"},
-    {"messages", "task", "config", "progress", "errors", "wire"},
+    {"messages", "task", "config", "progress", "errors", "wire", "audit"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.
 KERNELS, CALLERS = "kernels", {"learner", "algorithm", "models", "kernels"}

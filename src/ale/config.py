@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from ale.audit import Action, RuleName
 from ale.errors import ConfigError
 
 Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
@@ -162,6 +163,8 @@ class SandboxConfig(_Section, frozen=True):
     kind: Literal["local", "unsafe-process"] = "local"
     memory_mb: int = 256
     pids: int = 32
+    alarms: dict[RuleName, Action] = {}
+    """What an alarm does, by rule (docs/sandbox.md); a rule that is not named keeps its default."""
 
 
 class RunConfig(_Section, frozen=True):

@@ -14,6 +14,8 @@
     │   ├── MailboxClosed        the last publisher has gone and the mailbox is drained
     │   └── RestartBudgetSpent   the supervisor gave up on an actor; `__cause__` is its last error
     ├── SandboxError         the sandbox, not the command inside it, failed
+    │   ├── SandboxStopped       an alarm ended it: what its commands did is not allowed
+    │   └── SandboxBusy          the pool admits no more now: come back later, or with less
     ├── PolicyError          the engine that generates tokens failed
     ├── EvaluatorError       the tests of a task crashed or timed out: no reward can be trusted
     ├── LearnerError         the learner failed
@@ -89,6 +91,14 @@ class RestartBudgetSpent(ActorError):
 
 
 class SandboxError(AleError):
+    pass
+
+
+class SandboxStopped(SandboxError):
+    pass
+
+
+class SandboxBusy(SandboxError):
     pass
 
 

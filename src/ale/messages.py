@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from ale.audit import Alarm, AuditEvent
 from ale.config import AlgorithmConfig, LearnerConfig, Precision
 from ale.task import Task
 from ale.wire import Array, Message, Request
@@ -90,18 +91,24 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ToolResult(msgspec.Struct, frozen=True):
-    """`ToolResult(call="ls", output="a.txt", exit_code=0, duration_s=0.002)`: one interaction, as the log shows it."""
+    """`ToolResult(call="ls", output="a.txt", exit_code=0, duration_s=0.002)`: one interaction, as the log shows it.
+
+    `audit` and `alarms` are what the call tried to reach and what was made of it.
+    """
 
     call: str
     output: str
     exit_code: int | None = None
     timed_out: bool = False
     duration_s: float = 0.0
+    audit: tuple[AuditEvent, ...] = ()
+    alarms: tuple[Alarm, ...] = ()
 
 
 Status = Literal[
     "scored",
     "sandbox_failure",
+    "stopped_by_alarm",
     "policy_failure",
     "evaluator_error",
     "episode_timeout",
@@ -152,6 +159,11 @@ class Trajectory(Message, frozen=True):
         """The oldest policy that any token of the sample came from."""
         own = int(self.version_A.numpy().min()) if len(self.version_A) else self.started_version
         return min((own, *(branch.oldest_version for branch in self.branches)))
+
+    @property
+    def flags(self) -> tuple[Alarm, ...]:
+        """The alarms that are more than counted: what a filter or a reward may look at."""
+        return tuple(alarm for result in self.results for alarm in result.alarms if alarm.action != "count")
 
     @property
     def action_tokens(self) -> int:

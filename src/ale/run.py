@@ -51,7 +51,7 @@ from ale.models.load import load_tokenizer
 from ale.policy.embedded import EmbeddedPolicy, open_embedded
 from ale.process import WorkerProcess
 from ale.progress import Phase, Progress, Rate
-from ale.sandbox import Mount, SandboxEngine, open_engine
+from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
 from ale.task import Task
 
@@ -355,6 +355,7 @@ class Run:
             pids=c.sandbox.pids,
             max_output_chars=c.agent.max_output_chars,
             command_timeout_s=c.agent.command_timeout_s,
+            alarms=AlarmRules(**c.sandbox.alarms),
             label=c.name,
             mounts=tuple(Mount(os.path.abspath(source), target) for source, target in c.agent.mounts.items()),
         )

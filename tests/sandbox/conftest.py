@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import shlex
+import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
-from ale.sandbox import SandboxEngine, open_engine
+from ale.sandbox import Command, Completed, Sandbox, SandboxEngine, SandboxSpec, open_engine
 
 T = TypeVar("T")
 
@@ -81,3 +83,71 @@ def engine(request: pytest.FixtureRequest) -> Iterator[SandboxEngine]:
     yield engine
     assert engine.statistics().alive == 0
     assert not monitors_of(engine)
+
+
+# Prepended to Python that attempts something: calls C functions without `ctypes`, which a rocklet's interpreter lacks.
+# `attempt` says "got", or why not on stderr, as perror has it.
+C_CALL = """
+import _ctypes, posix, sys, time
+library = _ctypes.dlopen(None, 0)
+def call(name, *arguments):
+    return _ctypes.call_function(_ctypes.dlsym(library, name), arguments)
+def attempt(name, *arguments):
+    result = call(name, *arguments)
+    call("perror", name.encode())
+    print("got" if result >= 0 else "refused")
+"""
+
+
+class Backend(NamedTuple):
+    """What the escape suite attacks. `python`: how a sandbox starts an interpreter with the code as its argument."""
+
+    engine: SandboxEngine
+    python: str
+
+    @asynccontextmanager
+    async def prison(self, spec: SandboxSpec | None = None) -> AsyncIterator[Cell]:
+        """A sandbox to break out of; afterwards it and its neighbour must still work."""
+        async with self.engine.start(SandboxSpec()) as neighbour, self.engine.start(spec or SandboxSpec()) as sandbox:
+            await neighbour.exec(Command(shell="echo untouched > file; sleep 1000 > /dev/null 2>&1 & echo $! > pid"))
+            cell = Cell(self, sandbox, neighbour)
+            yield cell
+            await cell.holds()
+
+
+class Cell(NamedTuple):
+    backend: Backend
+    sandbox: Sandbox
+    neighbour: Sandbox
+
+    async def shell(self, line: str, timeout_s: float = 20) -> Completed:
+        return await self.sandbox.exec(Command(shell=line, timeout_s=timeout_s))
+
+    async def python(self, code: str, timeout_s: float = 20) -> Completed:
+        return await self.shell(f"{self.backend.python} {shlex.quote(C_CALL + code)}", timeout_s)
+
+    async def holds(self) -> None:
+        assert (await self.shell("echo alive")).stdout == b"alive\n"
+        seen = await self.neighbour.exec(Command(shell="cat file; kill -0 $(cat pid)"))
+        assert (seen.stdout, seen.exit_code) == (b"untouched\n", 0)
+
+
+@pytest.fixture(scope="session", params=["local"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """The engines that the escape suite attacks: a further one is a parameter more."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return Backend(
+        request.getfixturevalue(request.param), f"LD_LIBRARY_PATH=/.rocklet/lib /.rocklet/bin/{name} -I -S -c"
+    )
+
+
+@pytest.fixture(scope="module")
+def shared_cell(runner: asyncio.Runner, backend: Backend) -> Iterator[Cell]:
+    yield from held(runner, backend.prison())
+
+
+@pytest.fixture
+def cell(runner: asyncio.Runner, shared_cell: Cell) -> Iterator[Cell]:
+    """A sandbox for attempts that leave nothing behind; it and its neighbour must work after each of them."""
+    yield shared_cell
+    runner.run(shared_cell.holds())

@@ -24,7 +24,7 @@ from ale.sandbox import bwrap as bwrap_module
 from ale.sandbox.bwrap import find_bwrap
 from ale.sandbox.channel import Channel
 from ale.sandbox.local import open_local
-from ale.sandbox.rocklet.wire import DATA, DONE, READ, READY, pack
+from ale.sandbox.rocklet.wire import DATA, READ, READY, pack
 from ale.sandbox.state import PREFIX, start_time, sweep
 
 HOLDER = """

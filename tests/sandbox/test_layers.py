@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
+import tarfile
 import time
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ale.sandbox import Command, SandboxEngine, SandboxSpec
+from ale.errors import SandboxError
+from ale.sandbox import Command, SandboxEngine, SandboxSpec, checkpoint, open_engine, restore
+from ale.sandbox.checkpoint import _read, _write
 from ale.sandbox.flatten import flatten
 
 LOOK = "find . -printf '%P %y %m %l\\n' | sort; find . -type f -exec md5sum {} + | sort"
@@ -149,3 +156,67 @@ def test_flattening_never_writes_to_what_it_merges(tmp_path: Path) -> None:
     assert (low / "becomes").is_dir()
     for path in (merged / "dir", high / "dir"):
         path.chmod(0o700)
+
+
+@asynccontextmanager
+async def another(engine: SandboxEngine) -> AsyncIterator[SandboxEngine]:
+    """Another engine of the same kind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        async with open_engine("unsafe-process" if "isolation" in engine.capabilities() else "local") as other:
+            yield other
+
+
+async def test_a_checkpoint_comes_back_whole_on_another_engine(engine: SandboxEngine, tmp_path: Path) -> None:
+    async with engine.start(SandboxSpec(workdir="/project")) as sandbox:
+        await sandbox.session().exec(
+            Command(shell="mkdir -p a/b; cd a; echo data > b/f; chmod 751 b; ln -s b/f l; x=1")
+        )
+        snapshot = await sandbox.snapshot()
+        sha256 = await checkpoint(engine, snapshot, tmp_path / "one.tar")
+        assert await checkpoint(engine, snapshot, tmp_path / "same.tar") == sha256
+        await sandbox.write_file("more", b"x")
+        await snapshot.release()
+        snapshot = await sandbox.snapshot()
+        assert await checkpoint(engine, snapshot, tmp_path / "two.tar") != sha256
+        await snapshot.release()
+    assert not list(engine.scratch.iterdir())
+    async with another(engine) as other:
+        restored = await restore(other, tmp_path / "one.tar", sha256=sha256)
+        async with other.start(SandboxSpec(base=restored, workdir=restored.workdir)) as sandbox:
+            done = await sandbox.session().exec(Command(shell="cat l; echo $x; stat -c %a b"))
+            assert done.text() == "data\n1\n751\n"
+        assert await checkpoint(other, restored, tmp_path / "again.tar") == sha256
+        await restored.release()
+        with pytest.raises(SandboxError, match="was asked for"):
+            await restore(other, tmp_path / "two.tar", sha256=sha256)
+
+
+def test_an_archive_that_was_changed_or_is_hostile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").write_text("honest")
+    archive = tmp_path / "a.tar"
+    _write(tmp_path / "tree", archive, "/app", {"main": b"state"})
+    assert _read(archive, tmp_path / "out", 1000).workdir == "/app"
+    with pytest.raises(OSError, match="larger"):
+        _read(archive, tmp_path / "small", 3)
+    archive.write_bytes(archive.read_bytes().replace(b"honest", b"forged"))
+    with pytest.raises(SandboxError, match="hash"):
+        _read(archive, tmp_path / "forged", 1000)
+    archive.write_bytes(archive.read_bytes()[:700])
+    with pytest.raises(SandboxError, match="no checkpoint"):
+        _read(archive, tmp_path / "cut", 1000)
+    for name, kind in (("workspace/../escaped", tarfile.REGTYPE), ("/escaped", tarfile.REGTYPE),
+                       ("workspace/device", tarfile.CHRTYPE), ("workspace/hard", tarfile.LNKTYPE)):  # fmt: skip
+        with tarfile.open(archive, "w") as hostile:
+            for member, type_ in (("ale.json", tarfile.REGTYPE), ("workspace", tarfile.DIRTYPE), (name, kind)):
+                info = tarfile.TarInfo(member)
+                info.type = type_
+                data = b'{"format":1,"workdir":"/app","sessions":{},"sha256":""}' if member == "ale.json" else b""
+                info.size = len(data)
+                hostile.addfile(info, io.BytesIO(data))
+        with pytest.raises(SandboxError, match="no checkpoint"):
+            _read(archive, tmp_path / "hostile", 1000)
+        assert sorted(path.name for path in tmp_path.iterdir() if "escaped" in path.name) == []
+        if (tmp_path / "hostile").exists():
+            (tmp_path / "hostile").rmdir()

@@ -9,7 +9,7 @@ import pytest
 from ale.errors import SandboxUnavailable
 from ale.sandbox.seccomp import DENIED, filter_program
 
-ALLOW, EPERM, ENOSYS, EAFNOSUPPORT = 0x7FFF0000, 0x50001, 0x50026, 0x50061
+ALLOW, EPERM, ENOSYS, EPROTONOSUPPORT, EAFNOSUPPORT = 0x7FFF0000, 0x50001, 0x50026, 0x5005D, 0x50061
 ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE, CLONE3, SOCKET, IOCTL, READ = (
     {"x86_64": 56, "aarch64": 220},
@@ -62,6 +62,34 @@ def test_only_the_ordinary_socket_families_open(machine: str) -> None:
     opened = {family for family in range(50) if verdict(machine, SOCKET[machine], family) == ALLOW}
     assert opened == {1, 2, 10, 16}
     assert verdict(machine, SOCKET[machine], 40) == EAFNOSUPPORT
+
+
+@BOTH
+def test_internet_sockets_speak_the_ordinary_protocols_and_netlink_tells_of_interfaces_alone(machine: str) -> None:
+    for family, protocols in ((2, {0, 1, 6, 17, 58}), (10, {0, 1, 6, 17, 58}), (16, {0})):
+        spoken = {
+            protocol for protocol in range(300) if verdict(machine, SOCKET[machine], family, 2, protocol) == ALLOW
+        }
+        assert spoken == protocols
+    assert verdict(machine, SOCKET[machine], 2, 1, 132) == EPROTONOSUPPORT
+
+
+@BOTH
+def test_the_limits_and_the_scheduling_of_process_1_are_not_for_commands_to_set(machine: str) -> None:
+    column = list(ARCH).index(machine)
+    for numbers in ((302, 261), (142, 118), (144, 119), (314, 274), (203, 122)):
+        assert verdict(machine, numbers[column], 1) == EPERM
+        assert verdict(machine, numbers[column], 0) == verdict(machine, numbers[column], 7) == ALLOW
+    for numbers, process, user in (((141, 140), 0, 2), ((251, 30), 1, 3)):
+        assert verdict(machine, numbers[column], process, 1) == verdict(machine, numbers[column], user, 0) == EPERM
+        assert verdict(machine, numbers[column], process, 0) == ALLOW
+
+
+@BOTH
+def test_a_personality_may_be_asked_for_but_not_make_data_executable(machine: str) -> None:
+    number = {"x86_64": 135, "aarch64": 92}[machine]
+    assert verdict(machine, number, 0xFFFFFFFF) == verdict(machine, number, 0x40000) == ALLOW
+    assert verdict(machine, number, 0x400000) == EPERM
 
 
 @BOTH

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,9 +18,10 @@ import numpy as np
 
 from ale.agent.actions import Answer, Call, Malformed, parse, render
 from ale.agent.chat import Chat
+from ale.audit import Alarm
 from ale.config import AgentConfig
 from ale.envs.env import Env
-from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, WorkerDied
+from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, SandboxStopped, WorkerDied
 from ale.messages import (
     Chunk,
     Demonstration,
@@ -59,6 +60,9 @@ class _Record:
     results: list[ToolResult] = field(default_factory=list)
     answer: str | None = None
     illegal: int = 0
+
+    def alarms(self) -> Iterator[Alarm]:
+        return (alarm for result in self.results for alarm in result.alarms)
 
     def add(self, turn: Turn, ending: Answer | Call | Malformed) -> None:
         start = len(self.tokens)
@@ -114,8 +118,12 @@ async def run_episode(
             await _converse(rollout, policy, env, chat, limits, record)
             if record.illegal > limits.max_illegal_calls:
                 status, cause = "illegal_tool_calls", f"{record.illegal} malformed calls"
+            elif (alarm := next((alarm for alarm in record.alarms() if alarm.action == "stop"), None)) is not None:
+                status, cause = "stopped_by_alarm", f"{alarm.rule}: {alarm.evidence}"
             else:
                 reward = (await env.score()).reward if judge is None else await judge(trajectory())
+    except SandboxStopped as error:
+        status, cause = "stopped_by_alarm", str(error)
     except SandboxError as error:
         status, cause = "sandbox_failure", str(error)
     except (PolicyError, WorkerDied) as error:

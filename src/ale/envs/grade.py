@@ -6,9 +6,9 @@ that the agent never saw. Tests that crash, hang or write no number are an error
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 from ale.errors import EvaluatorError, SandboxError
 from ale.messages import Score
 from ale.sandbox import Command, Limits, Mount, SandboxEngine, SandboxSpec, Snapshot
+from ale.sandbox.launcher import remove_tree
 from ale.task import REWARD_FILE, TESTS_DIR, Task
 
 _LOGS, _REWARD_NAME = REWARD_FILE.rsplit("/", 1)
@@ -45,7 +46,8 @@ async def grade(engine: SandboxEngine, task: Task, snapshot: Snapshot, *, label:
     except OSError as error:
         raise SandboxError(f"{task.id} cannot be graded: {error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):  # else it goes with the engine
+            remove_tree(scratch)
 
 
 def _lay_out(scratch: Path, task: Task) -> tuple[Path, Path]:

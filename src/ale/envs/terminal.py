@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
+from ale.audit import Alarm, AuditEvent
 from ale.envs.env import Step
-from ale.errors import SandboxError
+from ale.errors import SandboxError, SandboxStopped
 from ale.messages import Score, ToolResult
-from ale.sandbox import Command, Completed, Limits, Mount, Sandbox, SandboxEngine, SandboxSpec, Snapshot
+from ale.sandbox import (
+    AlarmRules,
+    Command,
+    Completed,
+    Limits,
+    Mount,
+    Sandbox,
+    SandboxEngine,
+    SandboxSpec,
+    Snapshot,
+)
 from ale.task import WORKDIR, Task
 
 Grader = Callable[[Task, Snapshot], Awaitable[Score]]
@@ -29,6 +40,7 @@ class TerminalEnv:
         pids: int = 64,
         max_output_chars: int = 4000,
         command_timeout_s: float = 30.0,
+        alarms: AlarmRules | None = None,
         label: str = "",
         mounts: tuple[Mount, ...] = (),
     ) -> None:
@@ -38,10 +50,15 @@ class TerminalEnv:
         self._max_output_chars = max_output_chars
         self._command_timeout_s = command_timeout_s
         self._spec = SandboxSpec(
-            workdir=WORKDIR, limits=Limits(memory_mb=task.memory_mb, pids=pids), label=label, mounts=mounts
+            workdir=WORKDIR,
+            limits=Limits(memory_mb=task.memory_mb, pids=pids),
+            alarms=alarms or AlarmRules(),
+            label=label,
+            mounts=mounts,
         )
         self._stack = AsyncExitStack()
         self._sandbox: Sandbox | None = None
+        self._seen = (0, 0)  # events and alarms that a step has told of
 
     async def reset(self) -> str:
         self._sandbox = await self._stack.enter_async_context(self._engine.start(self._spec))
@@ -58,8 +75,15 @@ class TerminalEnv:
         return self._live()
 
     async def step(self, action: str) -> Step:
-        completed = await self._live().exec(Command(shell=action, timeout_s=self._command_timeout_s))
+        sandbox = self._live()
+        try:
+            completed = await sandbox.exec(Command(shell=action, timeout_s=self._command_timeout_s))
+        except SandboxStopped as error:
+            audit, alarms = self._news(sandbox)
+            stopped = ToolResult(call=action, output=str(error), audit=audit, alarms=alarms)
+            return Step(str(error), terminated=True, result=stopped)
         observation = self._observe(completed)
+        audit, alarms = self._news(sandbox)
         return Step(
             observation,
             result=ToolResult(
@@ -68,8 +92,17 @@ class TerminalEnv:
                 exit_code=completed.exit_code,
                 timed_out=completed.timed_out,
                 duration_s=completed.duration_s,
+                audit=audit,
+                alarms=alarms,
             ),
         )
+
+    def _news(self, sandbox: Sandbox) -> tuple[tuple[AuditEvent, ...], tuple[Alarm, ...]]:
+        """What was seen since the last step."""
+        audit, alarms = tuple(sandbox.audit()), tuple(sandbox.alarms())
+        events_before, alarms_before = self._seen
+        self._seen = (len(audit), len(alarms))
+        return audit[events_before:], alarms[alarms_before:]
 
     async def score(self) -> Score:
         snapshot = await self._live().snapshot()

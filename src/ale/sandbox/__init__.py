@@ -10,6 +10,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, assert_never
 
+from ale.audit import Alarm, AuditEvent
+from ale.sandbox.admission import Capacity
+from ale.sandbox.alarms import AlarmRules
+from ale.sandbox.checkpoint import checkpoint, restore
+from ale.sandbox.network import Network, Rule
+from ale.sandbox.pool import Pool, PoolStatistics, open_pool
 from ale.sandbox.port import (
     Command,
     Completed,
@@ -28,12 +34,20 @@ from ale.sandbox.port import (
 )
 
 __all__ = [
+    "Alarm",
+    "AlarmRules",
+    "AuditEvent",
+    "Capacity",
     "Command",
     "Completed",
     "EngineStatistics",
     "FileInfo",
     "Limits",
     "Mount",
+    "Network",
+    "Pool",
+    "PoolStatistics",
+    "Rule",
     "Sandbox",
     "SandboxEngine",
     "SandboxSpec",
@@ -42,7 +56,10 @@ __all__ = [
     "Snapshot",
     "Terminal",
     "Usage",
+    "checkpoint",
     "open_engine",
+    "open_pool",
+    "restore",
 ]
 
 Kind = Literal["local", "unsafe-process"]

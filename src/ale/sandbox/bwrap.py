@@ -111,6 +111,7 @@ class CommandLine:
             *("--ro-bind", "/usr", "/usr"),
             *_system_links(),
             *("--ro-bind", str(etc), "/etc", "--proc", "/proc", "--dev", "/dev"),
+            *_masks(),
         ]
         self._rocklet = ["--as-pid-1", "--ro-bind", str(interpreter), MOUNT_POINT]
 
@@ -143,6 +144,19 @@ class CommandLine:
         for name, value in env.items():
             line += ("--setenv", name, value)
         return [*line, "--", *command]
+
+
+# What /proc tells about the machine that no program in a sandbox needs: the kernel's command line, keys and symbols.
+_MASKED = ("cmdline", "kallsyms", "keys", "key-users", "sched_debug", "timer_list")
+
+
+def _masks() -> list[str]:
+    """Covers those that anyone may read by a device on a mount that knows no devices: it cannot be opened."""
+    arguments: list[str] = []
+    for path in (Path("/proc", name) for name in _MASKED):
+        if path.exists() and path.stat().st_mode & stat.S_IROTH:
+            arguments += ("--ro-bind", "/dev/null", str(path))
+    return arguments
 
 
 def _system_links() -> list[str]:

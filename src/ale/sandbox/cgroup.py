@@ -28,14 +28,35 @@ class Cgroups(msgspec.Struct, frozen=True):
     hierarchies: tuple[Hierarchy, ...] = ()
     enforces: dict[str, str] = {}
 
+    def refused_forks(self, group: str) -> int:
+        """How often `pids.max` refused a process in a group; 0 where the kernel does not count."""
+        for hierarchy in self.hierarchies:
+            if "pids" in hierarchy.limits:
+                try:
+                    text = (Path(hierarchy.directory) / group / "pids.events").read_text()
+                except OSError:
+                    return 0
+                return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("max ")), 0)
+        return 0
+
     def remove(self) -> None:
         for hierarchy in self.hierarchies:
             remove_groups(Path(hierarchy.directory))
 
 
-def limit_values(memory_bytes: int, pids: int) -> dict[str, int]:
-    """The value of every limit that a `Hierarchy` may name."""
-    return {"memory": memory_bytes, "memory and swap": memory_bytes, "swap": 0, "pids": pids}
+_CPU_PERIOD_US = 100_000  # the kernel's default
+_CONTROLLERS = ("memory", "pids", "cpu")
+
+
+def limit_values(memory_bytes: int, pids: int, cpus: float | None) -> dict[str, int | str]:
+    """The value of every limit that a `Hierarchy` may name; those of a controller that is not wanted are left out."""
+    values: dict[str, int | str] = {
+        "memory": memory_bytes, "memory and swap": memory_bytes, "swap": 0, "pids": pids,
+    }  # fmt: skip
+    if cpus is not None:
+        quota_us = max(1000, round(cpus * _CPU_PERIOD_US))  # the least that the kernel takes
+        values |= {"cpu": f"{quota_us} {_CPU_PERIOD_US}", "cpu period": _CPU_PERIOD_US, "cpu quota": quota_us}
+    return values
 
 
 class Parents(msgspec.Struct, frozen=True):
@@ -44,28 +65,35 @@ class Parents(msgspec.Struct, frozen=True):
     v2: tuple[Path, ...] = ()
     memory_v1: tuple[Path, ...] = ()
     pids_v1: tuple[Path, ...] = ()
+    cpu_v1: tuple[Path, ...] = ()
 
     def directories(self, name: str) -> list[str]:
         """Every directory that `make_cgroups(name)` may make."""
-        return [str(parent / name) for parent in (*self.v2, *self.memory_v1, *self.pids_v1)]
+        return [str(parent / name) for parent in (*self.v2, *self.v1())]
+
+    def v1(self) -> dict[Path, tuple[str, ...]]:
+        """The controllers of each v1 directory: several may be mounted together."""
+        together: dict[Path, tuple[str, ...]] = {}
+        for controller, parents in zip(_CONTROLLERS, (self.memory_v1, self.pids_v1, self.cpu_v1), strict=True):
+            for parent in parents:
+                together[parent] = (*together.get(parent, ()), controller)
+        return together
 
 
 def make_cgroups(name: str, owner: tuple[int, int] | None, parents: Parents) -> Cgroups:
     """Makes the engine's directories under the groups this process is in; what fails is left out."""
     hierarchies: list[Hierarchy] = []
     enforces: dict[str, str] = {}
-    for version, controllers, candidates in (
-        ("v2", ("memory", "pids"), parents.v2),
-        ("v1", ("memory",), parents.memory_v1),
-        ("v1", ("pids",), parents.pids_v1),
-    ):
-        for parent in candidates:
-            if set(controllers) <= set(enforces):
-                break
-            made = _make(parent, name, owner, controllers, v2=version == "v2")
-            if made is not None:
-                hierarchies.append(made)
-                enforces |= dict.fromkeys(controllers, f"cgroup {version}")
+    v2 = [("v2", parent, controllers) for controllers in (_CONTROLLERS, _CONTROLLERS[:2]) for parent in parents.v2]
+    v1 = [("v1", parent, controllers) for parent, controllers in parents.v1().items()]
+    for version, parent, controllers in (*v2, *v1):
+        if version == "v2" and enforces:
+            continue
+        missing = tuple(controller for controller in controllers if controller not in enforces)
+        made = _make(parent, name, owner, missing, v2=version == "v2") if missing else None
+        if made is not None:
+            hierarchies.append(made)
+            enforces |= dict.fromkeys(missing, f"cgroup {version}")
     return Cgroups(tuple(hierarchies), enforces)
 
 
@@ -85,13 +113,13 @@ def find_parents(proc: Path = Path("/proc/self")) -> Parents:
         kind, _, options = right.split()[:3]
         keys = [""] if kind == "cgroup2" else options.split(",") if kind == "cgroup" else []
         for key in keys:
-            if key in own and key in ("", "memory", "pids"):
+            if key in own and key in ("", *_CONTROLLERS):
                 inside = os.path.relpath(own[key], root)
                 group = Path(point) / ("" if inside.startswith("..") else inside)
                 # v2 forbids groups beside processes everywhere but at the root: try upwards from here.
                 above = [parent for parent in group.parents if parent.is_relative_to(point)] if key == "" else []
                 found[key] = (group, *above)
-    return Parents(found.get("", ()), found.get("memory", ()), found.get("pids", ()))
+    return Parents(found.get("", ()), *(found.get(controller, ()) for controller in _CONTROLLERS))
 
 
 def _make(
@@ -109,17 +137,21 @@ def _make(
             directory.mkdir()
             (directory / "cgroup.subtree_control").write_text(wanted)
             limits |= {"memory": "memory.max", "swap": "memory.swap.max"}
+            if "cpu" in controllers:
+                limits["cpu"] = "cpu.max"
         else:
             directory.mkdir()
             if "memory" in controllers:
                 limits |= {"memory": "memory.limit_in_bytes", "memory and swap": "memory.memsw.limit_in_bytes"}
+            if "cpu" in controllers:
+                limits |= {"cpu period": "cpu.cfs_period_us", "cpu quota": "cpu.cfs_quota_us"}
         home = directory / "home"
         home.mkdir()
         limits = {limit: file for limit, file in limits.items() if (home / file).exists()}
-        if not set(controllers) <= set(limits):
+        if not set(controllers) <= {limit.split()[0] for limit in limits}:
             raise OSError(f"{home} lacks {controllers}")
         for limit, file in limits.items():  # the proof that limits can be set here
-            (home / file).write_text(str(limit_values(1 << 30, 1024)[limit]))
+            (home / file).write_text(str(limit_values(1 << 30, 1024, 1024.0)[limit]))
         if owner is not None:
             for path in (directory, directory / "cgroup.procs", home, home / "cgroup.procs"):
                 os.chown(path, *owner)

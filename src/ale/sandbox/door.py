@@ -1,4 +1,4 @@
-"""The door: a socket through which a rocklet is handed another connection when one broke. Open while the engine lives."""
+"""The door: a socket through which a rocklet is handed another connection when one broke."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ale.errors import SandboxError
 
 
 class Door:
-    """Give `inner` to the rocklet as its descriptor 1, then `shut_inner`."""
+    """Give `inner` to the rocklet as its descriptor 1, then `shut_inner`. Its end tells the rocklet to end too."""
 
     def __init__(self) -> None:
         self._outer, self.inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from ale.errors import SandboxUnavailable
 from ale.sandbox.cgroup import Cgroups, limit_values
 from ale.sandbox.port import Limits
 
@@ -18,9 +19,25 @@ _OWN_PROCESSES = 2
 
 class Enforcement(msgspec.Struct, frozen=True):
     cgroups: Cgroups
+    mounts: bool = False
+    """Whether a workspace can get a file system of its own, with a quota."""
 
-    def group_limits(self, limits: Limits) -> dict[str, int]:
-        return limit_values(limits.memory_mb * _MB, limits.pids + _OWN_PROCESSES)
+    def check(self, limits: Limits) -> None:
+        """Refuses a limit that was asked for and cannot be enforced here."""
+        if limits.cpus is not None and "cpu" not in self.cgroups.enforces:
+            raise SandboxUnavailable(
+                f"Limits.cpus: {limits.cpus:g} cannot be enforced here: no cgroup with the cpu controller can be made. "
+                "Leave it None, run as root, or delegate the controller to this user (systemd: `Delegate=cpu`)."
+            )
+        if (limits.disk_mb is not None or limits.inodes is not None) and not self.mounts:
+            raise SandboxUnavailable(
+                "Limits.disk_mb and Limits.inodes cannot be enforced here: this user may not mount a tmpfs. Leave them "
+                "None, or run as root with CAP_SYS_ADMIN; without them `memory_mb` bounds what is written where the "
+                "engine's directory is in memory."
+            )
+
+    def group_limits(self, limits: Limits) -> dict[str, int | str]:
+        return limit_values(limits.memory_mb * _MB, limits.pids + _OWN_PROCESSES, limits.cpus)
 
     def resource_limits(self, limits: Limits) -> dict[int, int]:
         """Resource limits of every process in a sandbox; never above what the engine itself has."""
@@ -44,7 +61,9 @@ class Enforcement(msgspec.Struct, frozen=True):
             "pids": enforces.get("pids", "prlimit"),
             "file size": "prlimit",
             "cpu time": "prlimit, each process by itself",
+            "cpu share": enforces.get("cpu", "no: no cgroup with the cpu controller can be made"),
             "disk": "the memory limit" if bounded else "no: only /tmp and single files are bounded",
+            "disk quota": "tmpfs" if self.mounts else "no: this user may not mount",
         }
 
 

@@ -15,14 +15,14 @@ import sysconfig
 from pathlib import Path
 
 from ale.errors import SandboxError
-from ale.sandbox import rocklet
+from ale.sandbox import gate, rocklet
 
 MOUNT_POINT = "/.rocklet"
 _START_S = 30.0
 
 # Prints what the rocklet's imports loaded: module files, and every file mapped into the process.
 _WATCH = """
-import posix, sys, time, _ctypes, _signal, _socket, resource, select
+import posix, sys, time, _ctypes, _signal, _socket, array, marshal, resource, select
 files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
 maps = {line.split(None, 5)[5].rstrip() for line in open("/proc/self/maps") if line.count("/")}
 print(repr((sys.executable, files, sorted(maps))))
@@ -36,6 +36,7 @@ class Interpreter:
         self.directory = directory
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         self.argv = (f"{MOUNT_POINT}/bin/{version}", "-I", "-S", f"{MOUNT_POINT}/rocklet/start.pyc")
+        self.gate = f"{MOUNT_POINT}/gate.pyc"
         self.env = {"LD_LIBRARY_PATH": f"{MOUNT_POINT}/lib"}
         library = directory / sys.platlibdir / version
         (directory / "bin").mkdir(parents=True)
@@ -51,6 +52,7 @@ class Interpreter:
             # The system's own libraries are there already, as part of /usr.
             if ".so" in path.name and not path.is_relative_to("/usr") and not path.is_relative_to("/lib"):
                 shutil.copy(path, (library / "lib-dynload") if "lib-dynload" in path.parts else (directory / "lib"))
+        py_compile.compile(gate.__file__, cfile=str(directory / "gate.pyc"), doraise=True)
         (directory / "rocklet").mkdir()
         for source in Path(rocklet.__file__).parent.glob("*.py"):
             py_compile.compile(str(source), cfile=str(directory / "rocklet" / f"{source.stem}.pyc"), doraise=True)

@@ -7,7 +7,8 @@ however it goes, the launcher kills every sandbox, waits until the kernel has ta
 their cgroups and their files, and ends. Should it be killed too, the sandboxes die with it.
 
 Messages are JSON, one per SOCK_SEQPACKET datagram.
-Engine to launcher: {"spawn": id, "argv", "limits"}, with descriptors 0 to 2 as ancillary data
+Engine to launcher: {"spawn": id, "argv", "limits"}, with descriptors 0 to 2 and, for the gate, 5 as
+                    ancillary data
                     {"kill": id}
 Launcher to engine: {"ready": pid}
                     {"ended": id, "exit_code", "setup": whether the command was reached, "out_of_memory": whether that
@@ -20,7 +21,6 @@ import ctypes
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -32,7 +32,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _MAX_MESSAGE = 1 << 20
 _END_S = 30.0  # beyond this a process is stuck in the kernel, and the next start's sweep has to do
 _FIRST_FREE_FD = 10  # below lie the descriptors that a sandbox starts with
-SECCOMP_FD, STATUS_FD = 3, 4
+SECCOMP_FD, STATUS_FD, GATE_FD = 3, 4, 5
+_STDIO = (0, 1, 2, GATE_FD)  # where the descriptors of a spawn go
 _KILLED = (-9, 128 + 9)  # of the monitor, of process 1
 _OOM_SCORE_ADJ = "500"  # when the host runs out of memory a sandbox goes before the training run
 
@@ -91,7 +92,9 @@ class Launcher:
 
     def receive(self) -> bool:
         # Not socket.recv_fds: it loses the flag, and every sandbox would inherit these descriptors.
-        data, ancillary, _, _ = self.control.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(3 * 4), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self.control.recvmsg(
+            _MAX_MESSAGE, socket.CMSG_SPACE(len(_STDIO) * 4), socket.MSG_CMSG_CLOEXEC
+        )
         fds = [fd for _, _, packed in ancillary for fd in memoryview(packed).cast("i")]
         if not data:
             return False
@@ -115,19 +118,22 @@ class Launcher:
     def spawn(self, message: dict[str, Any], fds: list[int]) -> None:
         name = message["spawn"]
         status_out, status_in = os.pipe2(os.O_CLOEXEC)
-        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)]
+        actions: list[tuple[Any, ...]] = [
+            (os.POSIX_SPAWN_DUP2, fd, target) for fd, target in zip(fds, _STDIO, strict=False)
+        ]
         actions.append((os.POSIX_SPAWN_OPEN, SECCOMP_FD, self.seccomp, os.O_RDONLY, 0))
         actions.append((os.POSIX_SPAWN_DUP2, status_in, STATUS_FD))
         cgroups: list[str] = []
         argv = message["argv"]
         signals = (signal.SIGPIPE, signal.SIGXFSZ)
+        hierarchies = [h for h in self.cgroups if h["limits"].keys() & message["limits"].keys()]
         try:
             try:
-                self.enter_cgroups(name, message["limits"], cgroups)
+                self.enter_cgroups(hierarchies, name, message["limits"], cgroups)
                 monitor = os.posix_spawn(argv[0], argv, {}, file_actions=actions, setsigdef=signals)
             finally:
                 os.close(status_in)
-                self.leave_cgroups()
+                self.leave_cgroups(hierarchies)
         except OSError:
             os.close(status_out)
             remove_cgroups(cgroups)
@@ -137,18 +143,21 @@ class Launcher:
         self.jobs[name] = self.by_monitor[monitor] = self.by_fd[status_out] = job
         self.poller.register(status_out, select.POLLIN)
 
-    def enter_cgroups(self, name: str, limits: dict[str, int], made: list[str]) -> None:
+    def enter_cgroups(
+        self, hierarchies: list[dict[str, Any]], name: str, limits: dict[str, int | str], made: list[str]
+    ) -> None:
         """Moves this process into new cgroups, so that what it starts next is born in them; lists them in `made`."""
-        for hierarchy in self.cgroups:
+        for hierarchy in hierarchies:
             directory = f"{hierarchy['directory']}/{name}"
             os.mkdir(directory)
             made.append(directory)
             for limit, file in hierarchy["limits"].items():
-                write(f"{directory}/{file}", str(limits[limit]))
+                if limit in limits:
+                    write(f"{directory}/{file}", str(limits[limit]))
             write(f"{directory}/cgroup.procs", "0")
 
-    def leave_cgroups(self) -> None:
-        for hierarchy in self.cgroups:
+    def leave_cgroups(self, hierarchies: list[dict[str, Any]]) -> None:
+        for hierarchy in hierarchies:
             write(f"{hierarchy['directory']}/home/cgroup.procs", "0")
 
     def progress(self, fd: int) -> None:
@@ -258,7 +267,8 @@ class Launcher:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         for name in ("boxes", "layers", "tools"):
-            remove_tree(os.path.join(self.directory, name))
+            with contextlib.suppress(OSError):  # mounts with a quota take root's rights: `state.sweep` again
+                remove_tree(os.path.join(self.directory, name))
 
 
 def children() -> list[int]:
@@ -297,15 +307,43 @@ def remove_cgroups(directories: Iterable[str]) -> None:
 
 
 def remove_tree(path: str | os.PathLike[str]) -> None:
-    """Removes a tree that no process uses any more, whatever modes a sandbox left on its directories."""
+    """Removes a tree that no process uses any more, however deep it is and whatever modes a sandbox left in it.
+
+    What a directory holds is moved to the top before it is removed, so that the depth of a tree that was made to be
+    deep costs neither stack nor descriptors, and no path grows longer than the kernel takes.
+    """
+    os.chmod(path, 0o700)
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    prefix = os.urandom(8).hex()  # no name in the tree
     try:
-        shutil.rmtree(path)
-    except PermissionError:
-        for folder, names, _ in os.walk(path):
-            for name in names:
-                if not os.path.islink(os.path.join(folder, name)):
-                    os.chmod(os.path.join(folder, name), 0o700)
-        shutil.rmtree(path)
+        moved = 0
+        directories = remove_files(top)
+        while directories:
+            name = directories.pop()
+            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+            try:
+                for child in remove_files(folder):
+                    moved += 1
+                    os.rename(child, f"{prefix}{moved:x}", src_dir_fd=folder, dst_dir_fd=top)
+                    directories.append(f"{prefix}{moved:x}")
+            finally:
+                os.close(folder)
+            os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def remove_files(folder: int) -> list[str]:
+    """Removes what is not a directory; the directories, which it makes accessible, are returned."""
+    directories: list[str] = []
+    for name in os.listdir(folder):
+        try:
+            os.unlink(name, dir_fd=folder)
+        except IsADirectoryError:
+            os.chmod(name, 0o700, dir_fd=folder)
+            directories.append(name)
+    return directories
 
 
 def main() -> None:
@@ -323,7 +361,7 @@ def main() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     write("/proc/self/oom_score_adj", _OOM_SCORE_ADJ)
     launcher = Launcher(control, config)
-    launcher.leave_cgroups()  # as the engine's user: entering `home` from outside needs its rights
+    launcher.leave_cgroups(launcher.cgroups)  # as the engine's user: entering `home` from outside needs its rights
     if config["user"] is not None:
         uid, gid = config["user"]
         os.setgroups([])

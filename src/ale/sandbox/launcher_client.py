@@ -108,7 +108,7 @@ class LauncherClient:
         return client
 
     async def spawn(
-        self, name: str, argv: Sequence[str], *, stdio: Sequence[int], limits: Mapping[str, int]
+        self, name: str, argv: Sequence[str], *, stdio: Sequence[int], limits: Mapping[str, int | str]
     ) -> Launched:
         """Starts bwrap with descriptors 0, 1 and 2 as given; they may be closed once this returns."""
         self._check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import stat
@@ -10,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ale.errors import SandboxError
+from ale.sandbox.box import Box
 from ale.sandbox.flatten import flatten
 from ale.sandbox.launcher import remove_tree
+from ale.sandbox.quota import bind, unmount
 
 Owner = tuple[int, int]
 
@@ -70,10 +73,14 @@ class LayerStore:
             self._cached[key] = (signature, self.hold(layer))  # the cache is a holder
             return self.hold(layer)
 
-    def freeze(self, upper: Path) -> Layer:
+    def freeze(self, box: Box) -> Layer:
         """Makes a layer, held once, of a workspace's upper directory whose processes have all ended."""
         path = self._new_path()
-        upper.rename(path)
+        if box.mounted:  # its own file system: no rename leads out of it
+            path.mkdir()
+            bind(box.upper, path)
+        else:
+            box.upper.rename(path)
         return self.hold(self._add(path, frozen=True))
 
     async def merge(self, layers: Sequence[Layer]) -> Layer:
@@ -117,14 +124,23 @@ def _examine(source: str, directory: bool) -> tuple[str, str]:
 
 def _discard(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        if os.path.ismount(path):
+            unmount(path)
         remove_tree(path)
     else:
         path.unlink(missing_ok=True)
 
 
 def tree_bytes(tree: Path) -> int:
-    """What the files of a tree take on disk."""
-    return sum(path.lstat().st_blocks * 512 for path in tree.rglob("*"))
+    """What the files of a tree take on disk, as far down as a path can name them."""
+    total, folders = 0, [str(tree)]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return total
 
 
 def signature_of(source: str) -> str:

@@ -18,24 +18,29 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
+from msgspec import structs
 
 from ale.errors import SandboxError
+from ale.sandbox.box import Box
 from ale.sandbox.bwrap import Bind, CommandLine, Overlay, copy_within_reach, find_bwrap, make_etc, unavailable
 from ale.sandbox.cgroup import find_parents, make_cgroups
 from ale.sandbox.enforcement import Enforcement
 from ale.sandbox.foundation import Foundation
-from ale.sandbox.interpreter import Interpreter
+from ale.sandbox.interpreter import MOUNT_POINT, Interpreter
 from ale.sandbox.launcher_client import LauncherClient, LauncherConfig
 from ale.sandbox.layers import LayerStore
 from ale.sandbox.local_sandbox import LocalSandbox
 from ale.sandbox.namespace import Namespace
+from ale.sandbox.network import PROXY_PORT
 from ale.sandbox.one_shot import become, run_once
-from ale.sandbox.port import Command, Completed, EngineStatistics, SandboxSpec, environment
-from ale.sandbox.seccomp import filter_program
+from ale.sandbox.port import Command, Completed, EngineStatistics, Limits, SandboxSpec, environment
+from ale.sandbox.quota import can_mount
+from ale.sandbox.seccomp import filter_program, watch_program
 from ale.sandbox.shielded import shielded
 from ale.sandbox.state import SANDBOX_USER, SHARED_MEMORY, StateDirectory, default_parent, give, sweep
 
 _MB = 1024 * 1024
+WATCH_FILTER = f"{MOUNT_POINT}/watch.bpf"
 _SHELLS = ("/bin/bash", "/bin/sh")
 
 
@@ -75,6 +80,7 @@ class LocalEngine:
     async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
         """A sandbox whose processes start when they are first needed."""
         self._check()
+        self._enforcement.check(spec.limits)
         sandbox = LocalSandbox(self, spec, self._name())
         self._alive.add(sandbox)
         try:
@@ -88,6 +94,9 @@ class LocalEngine:
 
     async def run(self, spec: SandboxSpec, command: Command) -> Completed:
         self._check()
+        if spec.network.mode != "none":
+            raise SandboxError("SandboxSpec.network: a one-shot run has no network; start a sandbox for that")
+        self._enforcement.check(structs.replace(spec.limits, disk_mb=None, inodes=None))  # it writes to memory alone
         foundation = Foundation(self.store)
         try:
             await foundation.gather(spec)
@@ -105,7 +114,7 @@ class LocalEngine:
         return {
             **self._enforcement.capabilities(in_memory=self._state.path.is_relative_to(SHARED_MEMORY)),
             "user": f"uid {SANDBOX_USER[0]}" if sandbox_user() else "no: sandboxes run as the engine's own user",
-            "network": "none",
+            "network": "none, or through the egress proxy; attempts are reported by seccomp",
             "state": str(self._state.path),
         }
 
@@ -140,25 +149,29 @@ class LocalEngine:
     def _name(self) -> str:
         return f"{next(self._names):x}"
 
-    def make_box(self, name: str) -> Path:
-        """An empty upper directory and overlayfs's work directory beside it."""
-        box = self._state.path / "boxes" / name
-        for path in (box, box / "upper", box / "work"):
-            path.mkdir()
-            if (user := sandbox_user()) is not None:
-                os.chown(path, *user)
-        return box
+    def make_box(self, name: str, limits: Limits) -> Box:
+        return Box(self._state.path / "boxes" / name, sandbox_user(), limits)
+
+    def refused_forks(self, group: str) -> int:
+        """How often a process was refused to this incarnation of a sandbox because it had too many."""
+        return self._enforcement.cgroups.refused_forks(group)
 
     async def launch(self, namespace: Namespace, spec: SandboxSpec, overlay: Overlay, binds: list[Bind]) -> None:
-        """Starts `namespace` with a rocklet that hands its own resource limits on to every command."""
+        """Starts `namespace` with a gate and a rocklet that hands its own resource limits on to every command."""
         limits = self._enforcement.resource_limits(spec.limits)
+        *python, script = self._interpreter.argv
+        proxy = spec.network.mode != "none"
         argv = self._line.build(
             overlay=overlay,
             workdir=spec.workdir,
             binds=binds,
             tmp_bytes=spec.limits.tmp_mb * _MB,
             env=self._interpreter.env,
-            command=(*self._interpreter.argv, *(f"{number}={value}" for number, value in limits.items())),
+            command=(
+                *python,
+                *(self._interpreter.gate, str(PROXY_PORT if proxy else 0), WATCH_FILTER, script),
+                *(f"{number}={value}" for number, value in limits.items()),
+            ),
             rocklet=True,
         )
         await namespace.start(self._client, argv, self._enforcement.group_limits(spec.limits))
@@ -213,8 +226,9 @@ async def open_local(*, state_dir: Path | None = None, bwrap: Path | None = None
             cgroups=[msgspec.to_builtins(hierarchy) for hierarchy in cgroups.hierarchies],
             lock_fd=state.lock_fd,
         )
+        enforcement = Enforcement(cgroups, await asyncio.to_thread(can_mount, state.path / "boxes"))
         client = await LauncherClient.start(config)
-        engine = LocalEngine(state, Enforcement(cgroups), client, line, interpreter)
+        engine = LocalEngine(state, enforcement, client, line, interpreter)
         stack.push_async_callback(engine.aclose)
         await probe(engine)
         yield engine
@@ -231,6 +245,7 @@ def furnish(state: StateDirectory, binary: Path) -> tuple[CommandLine, Interpret
     make_etc(tools / "etc")
     (tools / "empty").mkdir()
     (tools / "seccomp").write_bytes(filter_program())
+    (interpreter.directory / Path(WATCH_FILTER).name).write_bytes(watch_program())
     give(tools, sandbox_user())
     return CommandLine(binary, tools / "etc", interpreter.directory), interpreter
 

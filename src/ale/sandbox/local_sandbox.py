@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from ale.sandbox.box import Box
 from ale.sandbox.foundation import Foundation, LocalSnapshot
-from ale.sandbox.launcher import remove_tree
 from ale.sandbox.layers import tree_bytes
 from ale.sandbox.namespace import Namespace
+from ale.sandbox.network import NO_NETWORK
+from ale.sandbox.outside import Outside
 from ale.sandbox.port import Completed, SandboxSpec, Snapshot
 from ale.sandbox.rocklet_client import OutOfMemory
 from ale.sandbox.rocklet_sandbox import RockletSandbox
@@ -34,38 +35,52 @@ class LocalSandbox(RockletSandbox):
         self._engine = engine
         self._foundation = Foundation(engine.store)
         self._incarnations = 0
-        self._box: Path | None = None  # of the current upper directory
+        self._box: Box | None = None  # with the current upper directory
         self._times_out_of_memory = 0
+        self._outside = Outside(spec.network, self.log)
 
     async def gather(self) -> None:
         """Takes hold of what the workspace stands on."""
         await self._foundation.gather(self.spec)
         if isinstance(self.spec.base, LocalSnapshot):
             self.adopt(self.spec.base.sessions)
+        self.adopt(self.spec.sessions)
 
     async def _launch(self) -> Namespace:
         namespace = Namespace(f"{self.name}.{self._incarnations}")
         self._incarnations += 1
         if self._box is None:
-            self._box = self._engine.make_box(namespace.name)
-        overlay = self._foundation.overlay(self._engine.bottom, self._box / "upper", self._box / "work")
+            self._box = self._engine.make_box(namespace.name, self.spec.limits)
+        overlay = self._foundation.overlay(self._engine.bottom, self._box.upper, self._box.work)
         spec = self.spec
         if self._times_out_of_memory:  # its files still take what the ended processes no longer do
-            used_mb = await asyncio.to_thread(tree_bytes, self._box) // _MB
+            used_mb = await asyncio.to_thread(tree_bytes, self._box.path) // _MB
             memory_mb = max(_LEAST_MEMORY_MB, spec.limits.memory_mb - used_mb)
             spec = structs.replace(spec, limits=structs.replace(spec.limits, memory_mb=memory_mb))
         try:
             await self._engine.launch(namespace, spec, overlay, self._foundation.binds)
+            await self._outside.attach(namespace)
         except BaseException:
             await shielded(namespace.end())
             raise
         return namespace
 
+    async def lock_network(self) -> None:
+        self.spec = structs.replace(self.spec, network=NO_NETWORK)  # of forks and of what follows a snapshot too
+        await self._outside.lock()
+
+    def _refused_forks(self) -> int:
+        return self._engine.refused_forks(f"{self.name}.{self._incarnations - 1}")
+
+    async def _end(self) -> None:
+        await self._outside.detach()
+        await super()._end()
+
     async def _freeze(self, sessions: Mapping[str, bytes]) -> LocalSnapshot:
         foundation = self._foundation
-        if self._box is not None and any((self._box / "upper").iterdir()):
-            foundation.layers.append(foundation.store.freeze(self._box / "upper"))
-            await asyncio.to_thread(remove_tree, self._box)
+        if self._box is not None and any(self._box.upper.iterdir()):
+            foundation.layers.append(foundation.store.freeze(self._box))
+            await asyncio.to_thread(self._box.remove)
             self._box = None
             await foundation.flatten(self._engine.bottom)
         held = tuple(map(foundation.store.hold, foundation.layers))
@@ -73,7 +88,7 @@ class LocalSandbox(RockletSandbox):
 
     async def _discard(self) -> None:
         if self._box is not None:
-            await asyncio.to_thread(remove_tree, self._box)
+            await asyncio.to_thread(self._box.remove)
         await self._foundation.release()
 
     def _branch(self, snapshot: Snapshot) -> AbstractAsyncContextManager[LocalSandbox]:

@@ -31,16 +31,28 @@ class Namespace:
         self._channel: Channel | None = None
         self._door: Door | None = None
         self._stderr = -1
+        self.handed_over: list[int] = []
+        """Descriptors that the gate inside handed out: the egress proxy's listener, if any, and the watch."""
 
-    async def start(self, client: LauncherClient, argv: Sequence[str], limits: Mapping[str, int]) -> None:
-        """Starts bwrap and waits for the rocklet. Whatever happens, `end()` must follow."""
+    async def start(self, client: LauncherClient, argv: Sequence[str], limits: Mapping[str, int | str]) -> None:
+        """Starts bwrap and waits for the gate and the rocklet. Whatever happens, `end()` must follow."""
+        gate, inner_gate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with gate, inner_gate:
+            gate.setblocking(False)
+            await self._start(client, argv, limits, inner_gate)
+            _, ancillary, _, _ = gate.recvmsg(1, socket.CMSG_SPACE(2 * 4), socket.MSG_CMSG_CLOEXEC)
+            self.handed_over = [fd for _, _, packed in ancillary for fd in memoryview(packed).cast("i")]
+
+    async def _start(
+        self, client: LauncherClient, argv: Sequence[str], limits: Mapping[str, int | str], gate: socket.socket
+    ) -> None:
         # Not a pipe: nobody has to read it, and what a failed start says is still there afterwards.
         self._stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
         self._door = Door()
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                stdio = (theirs.fileno(), self._door.inner.fileno(), self._stderr)
+                stdio = (theirs.fileno(), self._door.inner.fileno(), self._stderr, gate.fileno())
                 self._launched = await client.spawn(self.name, argv, stdio=stdio, limits=limits)
             self._door.shut_inner()
             self._channel = await Channel.open(ours, self._on_broken, self._door.connect)
@@ -74,6 +86,7 @@ class Namespace:
         """Why it ended by itself, where that is known; whatever is left of it is killed."""
         assert self._launched is not None
         ended = await self._launched.end(_DYING_S)
+        self._release()
         return OutOfMemory("it used more memory than it may, files included") if ended.out_of_memory else None
 
     async def end(self) -> None:
@@ -83,8 +96,14 @@ class Namespace:
         if self._launched is not None:
             with contextlib.suppress(SandboxError):  # the launcher has gone, and every sandbox with it
                 await self._launched.kill()
+        self._release()
+
+    def _release(self) -> None:
+        """Closes what the engine holds of a namespace whose processes have gone."""
         if self._door is not None:
             self._door.close()
         if self._stderr >= 0:
             os.close(self._stderr)
             self._stderr = -1
+        while self.handed_over:
+            os.close(self.handed_over.pop())

@@ -21,7 +21,7 @@ _LAST_SIGNAL = 64
 
 
 async def run_once(
-    client: LauncherClient, name: str, argv: Sequence[str], limits: Mapping[str, int], command: Command, keep: int
+    client: LauncherClient, name: str, argv: Sequence[str], limits: Mapping[str, int | str], command: Command, keep: int
 ) -> Completed:
     """Runs bwrap's `argv` until its last process is gone, or kills it at the command's time-out.
 

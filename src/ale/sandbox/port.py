@@ -14,12 +14,16 @@ that itself fails raises `SandboxError`, and the engine and its other sandboxes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
+
+from ale.audit import Alarm, AuditEvent
+from ale.sandbox.alarms import AlarmRules
+from ale.sandbox.network import NO_NETWORK, Network, proxy_environment
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -35,6 +39,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Largest file that a process may write."""
     tmp_mb: int = 64
     """Size of the private /tmp (and of /dev/shm)."""
+    disk_mb: int | None = None
+    """Size of what is written to the workspace; None: bounded by `memory_mb` where files are kept in memory."""
+    inodes: int | None = None
+    """Files and directories that may be made in the workspace at once; None: as for `disk_mb`."""
+    cpus: float | None = None
+    """Processors' worth of time for all processes together; None: what the scheduler gives."""
     cpu_s: float | None = None
     """Processor time of each process of a command; None: bounded by the command's time-out alone."""
     output_bytes: int = 65536
@@ -46,8 +56,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"Limits.{name} must be at least 1, got {getattr(self, name)}")
         if self.output_bytes > MAX_OUTPUT_BYTES:
             raise ValueError(f"Limits.output_bytes must be at most {MAX_OUTPUT_BYTES}, got {self.output_bytes}")
-        if self.cpu_s is not None and self.cpu_s <= 0:
-            raise ValueError(f"Limits.cpu_s must be positive or None, got {self.cpu_s}")
+        for name in ("cpu_s", "cpus", "disk_mb", "inodes"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"Limits.{name} must be positive or None, got {value}")
 
 
 # Both streams of a command travel in one frame; beyond this a file is the better carrier.
@@ -96,6 +107,11 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: Mapping[str, str] = msgspec.field(default_factory=dict)
     limits: Limits = Limits()
     mounts: tuple[Mount, ...] = ()
+    network: Network = NO_NETWORK
+    """What its commands may reach, through the engine's proxy. One-shot runs have none."""
+    alarms: AlarmRules = AlarmRules()
+    sessions: Mapping[str, bytes] = msgspec.field(default_factory=dict)
+    """What shell sessions go on with, as `Snapshot.sessions` has it; those of a snapshot as base come by themselves."""
     label: str = ""
     """The run or episode that this sandbox belongs to; part of its `id` and of every error about it."""
 
@@ -147,7 +163,14 @@ def check_environment(field: str, env: Mapping[str, str]) -> None:
 
 def environment(spec: SandboxSpec, command: Command) -> dict[str, str]:
     """The whole environment of a command: nothing of the engine's own comes in."""
-    return {"PATH": DEFAULT_PATH, "HOME": "/tmp", "LANG": "C.UTF-8", **spec.env, **command.env}
+    return {
+        "PATH": DEFAULT_PATH,
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        **proxy_environment(spec.network),
+        **spec.env,
+        **command.env,
+    }
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,7 +219,7 @@ FileKind = Literal["file", "directory", "link", "other"]
 
 
 class FileInfo(msgspec.Struct, frozen=True):
-    """One file as it is inside; links are not followed. Worked example: `FileInfo("a.txt", "file", 0o644, 2, 1.7e9)`."""
+    """A file as it is inside, links not followed. Worked example: `FileInfo("a.txt", "file", 0o644, 2, 1.7e9)`."""
 
     name: str
     """Within its directory for `list`, the path as given for `stat`. Bytes that are no UTF-8 as surrogates."""
@@ -308,7 +331,7 @@ class Sandbox(Protocol):
         """Copies a file or tree out of the sandbox to `target`, which must not exist, and removes it again on failure.
 
         Returns how many devices, pipes and sockets were left out. Symbolic links stay links, wherever they point:
-        do not follow them. Set-id bits are dropped. EFBIG beyond max_bytes.
+        do not follow them. Set-id bits are dropped, the owner may always read and write. EFBIG beyond max_bytes.
         """
 
     def forward(self, outside: Path, inside: Address) -> AbstractAsyncContextManager[None]:
@@ -325,6 +348,15 @@ class Sandbox(Protocol):
 
         A command that is running meanwhile raises SandboxError. /tmp starts empty again; sessions carry over.
         """
+
+    def audit(self) -> Sequence[AuditEvent]:
+        """What its commands tried to reach, allowed or not, in order; the first MAX_EVENTS of it."""
+
+    def alarms(self) -> Sequence[Alarm]:
+        """The alarms that its commands and events raised."""
+
+    async def lock_network(self) -> None:
+        """From here on the sandbox has no network, and what is open is cut: set up online, then let the agent in."""
 
     def fork(self, count: int) -> AbstractAsyncContextManager[tuple[Sandbox, ...]]:
         """A snapshot, and `count` sandboxes on it, which are closed at the end. Their processes start when needed."""

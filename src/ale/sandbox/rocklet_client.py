@@ -117,8 +117,8 @@ class RockletClient:
             raise SandboxError(str(error)) from error
         if frame.kind == FAILED:
             with self._believing():
-                error = os_error(frame, None if path is None else os.fsdecode(path))
-            raise error
+                failed = os_error(frame, None if path is None else os.fsdecode(path))
+            raise failed
         return frame
 
     # -- streams

@@ -10,14 +10,16 @@ import asyncio
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from msgspec import structs
 
-from ale.errors import SandboxError
+from ale.audit import Alarm, AuditEvent
+from ale.errors import SandboxError, SandboxStopped
+from ale.sandbox.audit_log import AuditLog
 from ale.sandbox.port import (
     MAX_FILE_BYTES,
     MAX_TRANSFER_BYTES,
@@ -40,6 +42,9 @@ from ale.sandbox.tunnel import Relays, encode
 
 T = TypeVar("T")
 
+# Of a sandbox's root in the state of its sessions, where that is not "/": no shell can write a NUL.
+ROOT_PLACEHOLDER = b"\0root\0"
+
 
 class Incarnation(Protocol):
     """The processes of a sandbox, from the start of its rocklet to the death of the last."""
@@ -54,6 +59,7 @@ class RockletSandbox(ABC):
         self.name, self.spec = name, spec
         self._label, self._shell = spec.label, shell
         self._incarnation: Incarnation | None = None
+        self._dead: list[Incarnation] = []  # that ended by themselves, with what is left of them here
         self._changing = asyncio.Lock()  # start, snapshot and close exclude one another
         self._broken: SandboxError | None = None
         self._closed = False
@@ -62,6 +68,7 @@ class RockletSandbox(ABC):
         self._exposed: dict[bytes, Path] = {}  # address inside -> socket outside
         self._listeners: dict[bytes, Stream] = {}
         self._commands = self._timed_out = self._snapshots = self._reconnects = 0
+        self.log = AuditLog(self.id, spec.alarms, self._stop)
 
     # -- what a backend says
 
@@ -91,11 +98,23 @@ class RockletSandbox(ABC):
             raise ValueError("a path cannot hold a NUL byte")
         return os.path.join(self.spec.workdir, path)
 
+    def _outer_root(self) -> str:
+        """What the absolute paths of the port start with where the rocklet is."""
+        return ""
+
     def _environment(self, command: Command) -> dict[str, str]:
         return environment(self.spec, command)
 
-    def _out_of_memory(self, error: OutOfMemory) -> None:
+    def _out_of_memory(self, error: OutOfMemory) -> None:  # noqa: B027 (only some backends can tell)
         """The processes were ended for their memory; the next request starts others, unless the backend refuses."""
+
+    @abstractmethod
+    async def lock_network(self) -> None:
+        """As the port has it."""
+
+    def _refused_forks(self) -> int:
+        """How often a process was refused so far because there were too many; 0 where nobody counts."""
+        return 0
 
     # -- life
 
@@ -105,10 +124,12 @@ class RockletSandbox(ABC):
 
     def assign(self, label: str) -> None:
         self._label = label
+        self.log.sandbox = self.id
 
     def adopt(self, sessions: Mapping[str, bytes]) -> None:
-        """Takes up the sessions of a snapshot."""
+        """Takes up the sessions of a snapshot or checkpoint."""
         for name, state in sessions.items():
+            state = state.replace(ROOT_PLACEHOLDER, os.fsencode(self._outer_root()))
             self._sessions[name] = ShellSession(name, state, self._run, self._shell)
 
     async def start(self) -> None:
@@ -125,6 +146,7 @@ class RockletSandbox(ABC):
         return self._incarnation
 
     async def _begin(self) -> Incarnation:
+        await self._bury()
         incarnation = await self._launch()
         try:
             for address, outside in self._exposed.items():
@@ -140,6 +162,8 @@ class RockletSandbox(ABC):
     def _check(self) -> None:
         if self._closed:
             raise SandboxError(f"sandbox {self.id} is closed")
+        if self.log.stopped is not None:
+            raise self.log.stopped
         if self._broken is not None:
             raise SandboxError(f"sandbox {self.id} is broken: {self._broken}")
 
@@ -150,9 +174,12 @@ class RockletSandbox(ABC):
         except OutOfMemory as error:
             if incarnation is self._incarnation:
                 self._leave()
+                self._dead.append(incarnation)
                 self._out_of_memory(error)
             raise
         except SandboxError as error:
+            if self.log.stopped is not None:
+                raise self.log.stopped from error
             # Broken is what failed by itself; snapshot and close end an incarnation on purpose.
             if incarnation is self._incarnation and incarnation.rocklet.channel.broken and self._broken is None:
                 self._broken = error
@@ -173,7 +200,12 @@ class RockletSandbox(ABC):
     async def _end(self) -> None:
         incarnation = self._leave()
         if incarnation is not None:
-            await incarnation.end()
+            self._dead.append(incarnation)
+        await self._bury()
+
+    async def _bury(self) -> None:
+        while self._dead:
+            await self._dead.pop().end()
 
     async def close(self) -> None:
         await shielded(self._close())
@@ -189,6 +221,19 @@ class RockletSandbox(ABC):
             finally:
                 await self._discard()
 
+    # -- what it is seen to do
+
+    def audit(self) -> Sequence[AuditEvent]:
+        return tuple(self.log.events)
+
+    def alarms(self) -> Sequence[Alarm]:
+        return tuple(self.log.alarms)
+
+    def _stop(self, error: SandboxStopped) -> None:
+        """An alarm ends the sandbox: what runs in it raises this error, and so does what comes."""
+        if self._incarnation is not None:
+            self._incarnation.rocklet.channel.fail(error)
+
     # -- commands
 
     async def exec(self, command: Command) -> Completed:
@@ -203,22 +248,29 @@ class RockletSandbox(ABC):
     async def _run(self, command: Command, session: bytes | None) -> tuple[Completed, bytes]:
         limits = self.spec.limits
         argv, env, cwd = self._words(command)
-        try:
-            completed, state = await self._ask(
-                lambda rocklet: rocklet.run(
-                    argv,
-                    env,
-                    cwd,
-                    command.stdin,
-                    timeout_s=command.timeout_s,
-                    cpu_s=limits.cpu_s,
-                    output_bytes=limits.output_bytes,
-                    session=session,
+        await self._running()  # a start takes its time, and is no part of the command
+        with self.log.command(argv) as number:
+            forks = self._refused_forks()
+            try:
+                completed, state = await self._ask(
+                    lambda rocklet: rocklet.run(
+                        argv,
+                        env,
+                        cwd,
+                        command.stdin,
+                        timeout_s=command.timeout_s,
+                        cpu_s=limits.cpu_s,
+                        output_bytes=limits.output_bytes,
+                        session=session,
+                    )
                 )
-            )
-        except OutOfMemory as error:
-            said = f"killed: {error}\n".encode()[: limits.output_bytes]
-            completed, state = Completed(signal=signal.SIGKILL, stderr=said), b""
+            except OutOfMemory as error:
+                said = f"killed: {error}\n".encode()[: limits.output_bytes]
+                completed, state = Completed(signal=signal.SIGKILL, stderr=said), b""
+            if (refused := self._refused_forks() - forks) > 0:
+                self.log.forks_refused(number, refused)
+        if self.log.stopped is not None:
+            raise self.log.stopped
         self._commands += 1
         self._timed_out += completed.timed_out
         self._count(completed)
@@ -240,8 +292,9 @@ class RockletSandbox(ABC):
         stream = await self._ask(
             lambda rocklet: rocklet.terminal(argv, env, cwd, rows=rows, columns=columns, cpu_s=cpu_s)
         )
-        async with attend(stream, rows, columns) as terminal:
-            yield terminal
+        with self.log.command(argv):
+            async with attend(stream, rows, columns) as terminal:
+                yield terminal
 
     async def ping(self, *, deadline_s: float = 5.0) -> None:
         await self._ask(lambda rocklet: rocklet.ping(deadline_s))
@@ -336,7 +389,11 @@ class RockletSandbox(ABC):
             self._check()
             await self._end()
             self._snapshots += 1
-            return await self._freeze({name: session.state for name, session in self._sessions.items()})
+            root = os.fsencode(self._outer_root())
+            states = {name: session.state for name, session in self._sessions.items()}
+            return await self._freeze(
+                {name: state.replace(root, ROOT_PLACEHOLDER) if root else state for name, state in states.items()}
+            )
 
     @asynccontextmanager
     async def fork(self, count: int) -> AsyncIterator[tuple[RockletSandbox, ...]]:

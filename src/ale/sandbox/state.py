@@ -21,6 +21,7 @@ import msgspec
 
 from ale.sandbox.cgroup import remove_groups
 from ale.sandbox.launcher import remove_tree
+from ale.sandbox.quota import unmount_below
 
 PREFIX = "ale-sandbox-"
 _LOCK, _CGROUPS = "lock", "cgroups"
@@ -96,7 +97,8 @@ class StateDirectory(msgspec.Struct, frozen=True):
     def remove(self) -> None:
         """Removes what the launcher has not removed at its end, because it was killed. Idempotent."""
         if self.path.exists():
-            _end_processes(self.path)
+            _end_processes(self.name)
+            unmount_below(self.path)
             remove_tree(self.path)
         with contextlib.suppress(OSError):
             os.close(self.lock_fd)
@@ -121,9 +123,10 @@ def sweep(parent: Path) -> list[str]:
         if not owner_lives(path.name) and _is_ours(path):
             with _taken_over(path) as taken:
                 if taken:
-                    _end_processes(path)
+                    _end_processes(path.name)
                     for group in _recorded_groups(path):
                         remove_groups(group)
+                    unmount_below(path)
                     remove_tree(path)
                     removed.append(path.name)
     return removed
@@ -169,57 +172,54 @@ def _locked(fd: int) -> bool:
     return True
 
 
-def _end_processes(directory: Path) -> int:
-    """Kills the processes that still stand on an engine's directory and waits until they are gone; how many."""
-    return _kill_all(lambda pid: stands_on(pid, directory), _DYING_S)
+def _end_processes(name: str) -> None:
+    """Kills the processes that still stand on the directory `name` and waits until they are gone."""
+    _kill_until_none(lambda: processes_on(name))
 
 
 def kill_marked(mark: str) -> None:
     """Kills every process whose environment holds `mark`, until there is none. Blocks."""
-    wanted = mark.encode()
-    _kill_all(lambda pid: wanted in _read(pid, "environ").split(b"\0"), _DYING_S)
+    _kill_until_none(lambda: [pid for pid in _pids() if mark.encode() in _read(pid, "environ").split(b"\0")])
 
 
-def _kill_all(is_meant: Callable[[int], bool], patience_s: float) -> int:
-    seen: set[int] = set()
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        meant = [pid for pid in pids if pid != os.getpid() and is_meant(pid)]
-        if not meant:
-            break
-        seen.update(meant)
-        for pid in meant:
+def _kill_until_none(find: Callable[[], list[int]]) -> None:
+    deadline = time.monotonic() + _DYING_S
+    while (pids := find()) and time.monotonic() < deadline:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.002)  # they are not our children: there is no wait for them
-    return len(seen)
+        time.sleep(0.005)  # they are not our children: there is no wait for them
 
 
-def stands_on(pid: int, directory: Path) -> bool:
-    """Whether a process is one of the engine that made `directory`, and not one that merely speaks of it.
+def processes_on(name: str) -> list[int]:
+    """The processes of the engine whose directory has this name; not those that merely speak of it."""
+    return [pid for pid in _pids() if pid != os.getpid() and _stands_on(pid, name)]
 
-    That is: its launcher or a bwrap, by what they were started with; a process in a mount namespace of its own that
-    shows the directory; or one of `unsafe-process`, by the mark in its environment.
-    """
-    path = os.fsencode(directory)
-    words = _read(pid, "cmdline").split(b"\0")
-    if words[0].endswith(b"/bwrap") and any(word.startswith(path + b"/") for word in words):
+
+def _stands_on(pid: int, name: str) -> bool:
+    words = _read(pid, "cmdline").decode("utf-8", "replace").split("\0")
+    if words[0].endswith("/bwrap") and any(f"/{name}/" in word for word in words):
         return True
-    if any(word.endswith(b"/launcher.py") for word in words[1:5]) and any(b'"%s"' % path in word for word in words):
+    if any(word.endswith("/launcher.py") for word in words[1:5]) and any(f'/{name}"' in word for word in words):
         return True
-    mark = f"{ROOT_MARK}={directory}/".encode()
-    if any(word.startswith(mark) for word in _read(pid, "environ").split(b"\0")):
-        return True
-    # The last directory of the path is enough: below another mount point the mount table shows only the rest.
-    return b"/" + os.fsencode(directory.name) + b"/" in _read(pid, "mountinfo") and not _shares_mounts(pid)
+    environment = _read(pid, "environ").decode("utf-8", "replace").split("\0")
+    if any(word.startswith(f"{ROOT_MARK}=") and f"/{name}/boxes/" in word for word in environment):
+        return True  # of `unsafe-process`
+    return shows_tools(Path(f"/proc/{pid}"), name)
 
 
-def _shares_mounts(pid: int) -> bool:
+def shows_tools(process: Path, name: str) -> bool:
+    """Whether a part of the engine's tools is mounted where the process lives, as it is in every sandbox and nowhere
+    else. The name alone is no proof: every process of the host sees the mounts that hold workspaces with a quota."""
     try:
-        return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
+        lines = (process / "mountinfo").read_text().splitlines()
     except OSError:
-        return True  # gone, or another user's
+        return False  # gone, or another user's
+    return any(f"/{name}/tools/" in line.split()[3] for line in lines)
+
+
+def _pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
 
 def _read(pid: int, file: str) -> bytes:

@@ -35,7 +35,7 @@ async def upload(stream: Stream, source: Path) -> None:
 
 async def download(stream: Stream, target: Path, max_bytes: int) -> int:
     """Receives a tree to `target`, which must not exist; removed again on failure. Returns what was left out."""
-    if os.path.lexists(target):
+    if await asyncio.to_thread(os.path.lexists, target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     writer = TreeWriter(os.fsencode(target), max_bytes, fresh=True)
     try:

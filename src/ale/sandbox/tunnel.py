@@ -74,14 +74,17 @@ class Relays:
         def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             self.add(accept(reader, writer))
 
-        server = await asyncio.start_unix_server(accepted, outside)
-        outside.chmod(0o600)
+        mask = os.umask(0o177)  # only this user may connect
+        try:
+            server = await asyncio.start_unix_server(accepted, outside)
+        finally:
+            os.umask(mask)
         try:
             yield
         finally:
             server.close()
             with suppress(FileNotFoundError):
-                outside.unlink()
+                os.unlink(outside)
 
 
 async def relay(stream: Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

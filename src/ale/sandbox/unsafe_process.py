@@ -23,7 +23,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from ale.errors import SandboxError
+from ale.errors import SandboxError, SandboxUnavailable
 from ale.sandbox.cgroup import Cgroups
 from ale.sandbox.channel import Channel
 from ale.sandbox.door import Door
@@ -38,7 +38,10 @@ from ale.sandbox.shielded import shielded
 from ale.sandbox.state import ROOT_MARK, StateDirectory, default_parent, kill_marked, sweep
 
 WARNING = "sandbox backend unsafe-process: commands run as ordinary processes of this user, with NO isolation"
-_PLACEHOLDER = b"\0root\0"  # of a sandbox's root in the state of its sessions: no shell can write a NUL
+_NO_NETWORK = (
+    "SandboxSpec.network: without isolation every command has this user's network, whatever a policy says. "
+    "Leave it out, or use a backend that isolates."
+)
 _START_S = 30.0
 _END_S = 10.0
 _logger = logging.getLogger(__name__)
@@ -147,10 +150,16 @@ class UnsafeSandbox(RockletSandbox):
         return self._root / os.path.join(self.spec.workdir, path).lstrip("/")
 
     def take_up(self) -> None:
-        """Goes on with the sessions of the snapshot that this stands on."""
+        """Goes on with the sessions of what this stands on."""
         if isinstance(self.spec.base, UnsafeSnapshot):
-            root = os.fsencode(self._root)
-            self.adopt({name: state.replace(_PLACEHOLDER, root) for name, state in self.spec.base.sessions.items()})
+            self.adopt(self.spec.base.sessions)
+        self.adopt(self.spec.sessions)
+
+    def _outer_root(self) -> str:
+        return str(self._root)
+
+    async def lock_network(self) -> None:
+        raise SandboxUnavailable(_NO_NETWORK)
 
     def _path(self, path: str) -> str:
         return str(self._inside(path))
@@ -168,10 +177,9 @@ class UnsafeSandbox(RockletSandbox):
         return processes
 
     async def _freeze(self, sessions: Mapping[str, bytes]) -> UnsafeSnapshot:
-        path, root = self._engine.new_layer(), os.fsencode(self._root)
+        path = self._engine.new_layer()
         await asyncio.to_thread(copy_tree, self._inside(self.spec.workdir), path, None)
-        kept = {name: state.replace(root, _PLACEHOLDER) for name, state in sessions.items()}
-        return UnsafeSnapshot(self._engine, path, self.spec.workdir, kept)
+        return UnsafeSnapshot(self._engine, path, self.spec.workdir, sessions)
 
     async def _discard(self) -> None:
         if self._root.exists():
@@ -214,6 +222,8 @@ class UnsafeProcessEngine:
         """A sandbox whose processes start when they are first needed."""
         if self._closed:
             raise SandboxError("the sandbox engine is closed")
+        if spec.network.mode != "none":
+            raise SandboxUnavailable(_NO_NETWORK)
         sandbox = UnsafeSandbox(self, spec, f"{next(self._names):x}")
         self._alive.add(sandbox)
         try:

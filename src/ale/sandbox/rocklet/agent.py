@@ -78,7 +78,7 @@ class Rocklet:
         self.wake, wake_in = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
         _signal.signal(SIGCHLD, lambda *_: None)
         _signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
-        self.watch(self.wake, select.POLLIN, lambda fd, _: posix.read(fd, 4096))
+        self.watch(self.wake, select.POLLIN, self.awake)
         if door >= 0:
             self.watch(door, select.POLLIN, self.at_the_door)
 
@@ -111,6 +111,9 @@ class Rocklet:
             for stream in list(self.streams.values()):
                 stream.step()
         self.commands.end_all()
+
+    def awake(self, fd: int, _: int) -> None:
+        posix.read(fd, 4096)
 
     def room(self) -> bool:
         """Whether streams may add to what is waiting to be sent."""

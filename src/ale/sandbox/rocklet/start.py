@@ -4,6 +4,6 @@ import sys
 
 sys.path.append(__file__.rpartition("/")[0].rpartition("/")[0])
 
-from rocklet.agent import main
+from rocklet.agent import main  # type: ignore[import-not-found]
 
 main()

@@ -257,5 +257,8 @@ class TreeWriter:
 
     def _settle(self, entry: Entry) -> None:
         path = self._path(entry)
-        posix.chmod(path, entry.mode & 0o777)
+        mode = entry.mode & 0o777
+        if self.fresh:  # whoever receives a tree can read and remove it
+            mode |= 0o700 if entry.kind == b"d" else 0o600
+        posix.chmod(path, mode)
         posix.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))

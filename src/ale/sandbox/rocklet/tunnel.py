@@ -83,7 +83,7 @@ class Listening(Stream):
 
     def accept(self, *_: int) -> None:
         try:
-            fd, _address = self.end_point._accept()
+            fd, _address = self.end_point._accept()  # type: ignore[attr-defined]  # `accept` is in socket.py
         except OSError as error:
             if error.errno != EAGAIN:
                 sleep(_REST_S)  # no descriptor is left: the connection waits, and the loop does not spin
