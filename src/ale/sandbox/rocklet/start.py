@@ -1,4 +1,4 @@
-"""Run as a program: finds its package where this file lies, whatever that is part of outside, and starts the rocklet."""
+"""Run as a program: finds its package where this file lies, and starts the rocklet."""
 
 import sys
 
