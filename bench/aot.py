@@ -4,8 +4,9 @@
     python -m bench.aot --write    ... and write bench/results/kernels_aot.md
     python -m bench.aot --json     ... and print the rows as JSON (what the test reads)
 
-A configuration is refused when it spills (stack or local memory), takes more shared memory than the chip has, or lacks
-the instructions it was written for. Kernels checked here have been compiled, and are not yet run on a GPU.
+A configuration is refused when it spills (stack or local memory), takes more shared memory than the chip has, lacks
+the instructions it was written for, or adds atomically (the same input must give the same bits). Kernels checked here
+have been compiled, and are not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Resources:
     instructions: str
     missing: str
     """Expected instructions that are not there."""
+    atomic: bool = False
+    """Whether it adds to memory atomically, in an order that differs from run to run."""
 
     def faults(self) -> list[str]:
         """What makes the configuration unacceptable, in words."""
@@ -73,6 +76,8 @@ class Resources:
             found.append(f"takes {self.shared} bytes of shared memory of {SHARED_PER_BLOCK[self.chip]}")
         if self.missing:
             found.append(f"lacks {self.missing}")
+        if self.atomic:
+            found.append("adds atomically")
         return found
 
 
@@ -116,6 +121,7 @@ def compile_spec(spec: Spec) -> Resources:
         occupancy=_occupancy(spec.chip, usage["REG"], shared, warps),
         instructions=" ".join(word.rstrip(".") for word in present),
         missing=" ".join(word for word in spec.expects if word not in ptx),
+        atomic=re.search(r"\b(atom|red)\.", ptx) is not None,
     )
 
 
@@ -144,9 +150,9 @@ def _occupancy(chip: int, registers: int, shared: int, warps: int) -> float:
 
 def specs() -> Iterator[Spec]:
     """Every configuration of every kernel."""
-    from bench import aot_grouped_gemm, aot_linear_logprob
+    from bench import aot_chunk_advantage, aot_grouped_gemm, aot_linear_logprob
 
-    for module in (aot_grouped_gemm, aot_linear_logprob):
+    for module in (aot_chunk_advantage, aot_grouped_gemm, aot_linear_logprob):
         yield from module.specs()
 
 

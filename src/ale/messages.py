@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from ale.audit import Alarm, AuditEvent
-from ale.config import AlgorithmConfig, LearnerConfig
+from ale.config import AlgorithmConfig, LearnerConfig, Precision
 from ale.task import Task
 from ale.wire import Array, Message, Request
 
@@ -36,7 +36,8 @@ class Turn(Message, frozen=True):
 
     `logp_A` is the log-probability under the untruncated distribution at the sampling temperature (at 1 where that
     is 0), `logp_sampled_A` the one under the distribution really drawn from (top-p, top-k), `version_A` the policy
-    version that computed each token.
+    version that computed each token. `experts_TLJ`, where routing is recorded: the J experts that each of L layers
+    chose at every position of prompt and turn, uint8 (int16 with more than 256 experts); the last token was never run.
     """
 
     tokens_A: Array
@@ -44,6 +45,7 @@ class Turn(Message, frozen=True):
     logp_sampled_A: Array
     version_A: Array
     finish: Finish
+    experts_TLJ: Array | None = None
 
 
 class Generate(Request[Turn], frozen=True):
@@ -121,7 +123,7 @@ class Trajectory(Message, frozen=True):
     """One episode: `Trajectory(id="g3/1", task="copy-7", tokens_T=[...], chunks=(Chunk(31, 44, "call"),), reward=1.0)`.
 
     Everything that was sampled is here exactly as it was sampled: `logp_A`, `logp_sampled_A` and `version_A` run over
-    the tokens of all chunks in order.
+    the tokens of all chunks in order. `experts_TLJ` is that of the last turn: the positions after it were never run.
     """
 
     id: str
@@ -134,6 +136,7 @@ class Trajectory(Message, frozen=True):
     logp_A: Array
     logp_sampled_A: Array
     version_A: Array
+    experts_TLJ: Array | None = None
     results: tuple[ToolResult, ...] = ()
     answer: str | None = None
     reward: float | None = None
@@ -266,10 +269,23 @@ class Imitate(Request[StepMetrics], frozen=True):
 
     demonstrations: tuple[Demonstration, ...]
     learning_rate: float
+    weight_decay: float = 0.0
 
 
-class SaveCheckpoint(Request[None], frozen=True):
-    """`SaveCheckpoint(path="runs/a/checkpoints/4")`: a Hugging Face directory with model and tokenizer."""
+class Saved(Message, frozen=True):
+    """`Saved()`, or `Saved(problem="No space left on device (os error 28)")`: what the disk said."""
+
+    problem: str | None = None
+
+
+class SaveModel(Request[Saved], frozen=True):
+    """`SaveModel(path="runs/a/checkpoints/4")`: a Hugging Face directory with model and tokenizer."""
+
+    path: str
+
+
+class SaveState(Request[Saved], frozen=True):
+    """`SaveState(path="runs/a/state/2/learner.safetensors")`: all that the learner needs to go on from here."""
 
     path: str
 
@@ -285,17 +301,25 @@ class Opened(Message, frozen=True):
 
 
 class OpenEngine(Request[Opened], frozen=True):
-    """`OpenEngine(model="runs/a/model", weights_fd=7, slots=3, threads=1, rows=64)`. `weights_fd` None: no learner."""
+    """`OpenEngine(model="runs/a/model", weights_fd=7, slots=3, threads=1, rows=64)`. `weights_fd` None: no learner.
+
+    `record_routing`: every turn carries the experts that were chosen.
+    """
 
     model: str
     weights_fd: int | None
     slots: int
     threads: int
     rows: int
+    precision: Precision = "float32"
+    record_routing: bool = False
 
 
 class OpenLearner(Request[Opened], frozen=True):
-    """`OpenLearner(model="runs/a/model", weights_fd=7, slots=3, threads=1, algorithm=..., ...)`."""
+    """`OpenLearner(model="runs/a/model", weights_fd=7, slots=3, threads=1, algorithm=..., ...)`.
+
+    `state` is what `SaveState` wrote, in the life of the run that is resumed.
+    """
 
     model: str
     weights_fd: int
@@ -304,6 +328,8 @@ class OpenLearner(Request[Opened], frozen=True):
     algorithm: AlgorithmConfig
     learner: LearnerConfig
     temperature: float
+    state: str | None = None
+    precision: Precision = "float32"
 
 
 class StartPolicyOptimization(Request[None], frozen=True):

@@ -12,82 +12,148 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from ale.actors.ledger import Ledger
+from ale.actors.stop import Stop
 from ale.actors.trainer import Update
 from ale.agent.actions import render
+from ale.agent.episode import Judge
 from ale.config import RunConfig
-from ale.data.run_folder import RunFolder, versions
+from ale.data.events import Recorded
+from ale.data.run_folder import RunFolder, summary_of, versions
+from ale.data.task_stream import TaskStream
 from ale.envs.source import Source, open_source
-from ale.messages import Trajectory
+from ale.errors import ConfigError, Interrupted
 from ale.models.path import check_model_path
-from ale.progress import EvalSummary, Summary
+from ale.progress import EvalSummary, Rate, Summary
 from ale.run import Report, Run
+from ale.task import Task
 
 # The tokenizer of a new nano model is trained on the text of this many tasks.
 _CORPUS_TASKS = 400
 
 
-async def train(config: RunConfig, *, report: Report | None = None, overwrite: bool = False) -> Summary:
-    """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder. Raises `UserError`."""
-    began = time.monotonic()
+async def train(
+    config: RunConfig,
+    *,
+    report: Report | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    stop: Stop | None = None,
+    source: Source | None = None,
+    judge: Judge | None = None,
+    watch: Callable[[Update], Coroutine[Any, Any, None]] | None = None,
+) -> Summary:
+    """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder.
+
+    `resume` goes on with what is in the folder: see docs/runs.md. Raises `UserError`, and `Interrupted` when `stop` was
+    requested and the run has come to a checkpoint. `source` and `judge` replace what the configuration names; `watch`
+    sees each update, recorded, before the next begins (`ale.open_run` is made of them).
+    """
     tell = report or (lambda progress: None)
-    source = open_source(config.tasks, config.seed)
-    with RunFolder(config, overwrite=overwrite) as folder:
-        model = await _model_directory(config, source, folder.model)
-        async with Run.open(config, model) as run, run.learner_process(model) as learner:
-            await run.warm_start(learner, source, tell)
-            before = await run.evaluate(source.heldout, "heldout_before", tell, folder)
-            families_before = await run.evaluate(source.families, "families_before", tell, folder)
-            ledger, lag_seen, tokens = Ledger(), 0, 0
-            training = time.monotonic()
+    source = source or open_source(config.tasks, config.seed)  # what is wrong there makes no folder
+    with RunFolder(config, overwrite=overwrite, resume=resume) as folder:
+        done = summary_of(folder.path)
+        if done is not None and done.updates == config.learner.updates:
+            return done
+        try:
+            return await _train(config, folder, source, judge, stop or Stop(), tell, watch)
+        except Interrupted as error:
+            raise Interrupted(
+                f"The run was stopped after update {folder.books.updates}; nothing that had finished is lost. "
+                f"Go on with: ale train {folder.path} --resume"
+            ) from error
 
-            async def after(update: Update) -> None:
-                nonlocal lag_seen, tokens
-                lag_seen = max(lag_seen, update.lag)
-                members = [t for g in update.batch.groups for t in g.trajectories]
-                tokens += sum(t.action_tokens for t in members)
-                for t in members:
-                    folder.keep(t, update=update.number)
-                values = _values(update, members) | run.load()
-                folder.record(update=update.number, **values, ledger=msgspec.to_builtins(ledger.statistics()))
-                tell(run.progress("train", update.number, config.learner.updates, values))
-                if config.learner.checkpoint_every and update.number % config.learner.checkpoint_every == 0:
-                    await run.save(learner, folder.checkpoint(str(update.number)))
-                if config.eval.every and update.number % config.eval.every == 0:
-                    await run.evaluate(source.heldout, f"heldout_{update.number}", tell, folder)
 
-            await run.optimise(learner, source, ledger, after)
-            trained_s = time.monotonic() - training
-            await run.save(learner, folder.checkpoint("final"))
-            heldout_after = await run.evaluate(source.heldout, "heldout_after", tell, folder)
-            families_after = await run.evaluate(source.families, "families_after", tell, folder)
-        assert before is not None
-        assert heldout_after is not None
-        books = ledger.statistics()
-        summary = Summary(
-            name=config.name,
-            seed=config.seed,
-            updates=config.learner.updates,
-            heldout_before=before,
-            heldout_after=heldout_after,
-            heldout_families_before=families_before,
-            heldout_families_after=families_after,
-            wall_s=time.monotonic() - began,
-            episodes=books.started,
-            tokens_per_s=tokens / trained_s if trained_s else 0.0,
-            max_lag_seen=lag_seen,
-            max_lag_allowed=config.rollout.max_lag,
-            lost_samples=books.lost,
-            dropped_by_reason=books.dropped,
-            versions=versions(),
-        )
-        folder.finish(summary)
+async def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    source: Source,
+    judge: Judge | None,
+    stop: Stop,
+    tell: Report,
+    watch: Callable[[Update], Coroutine[Any, Any, None]] | None,
+) -> Summary:
+    tasks = TaskStream(source.train)
+    ledger = Ledger(folder.books, folder.journal.write)
+    books, updates = ledger.books, config.learner.updates
+    model = await _model_directory(config, tasks, folder.model)
+    state = folder.checkpoint.learner if folder.checkpoint is not None else None
+    opened = Run.open(config, model, make_env=source.make_env, judge=judge, stop=stop)
+    async with opened as run, run.learner_process(model, state) as learner:
+        run.follow(tell)
+
+        async def evaluate_once(name: str, update: int) -> tuple[Rate | None, Rate | None]:
+            heldout = await run.evaluate_once(source.heldout, f"heldout_{name}", update, tell, folder, ledger)
+            families = await run.evaluate_once(source.families, f"families_{name}", update, tell, folder, ledger)
+            return heldout, families
+
+        def record(update: Update) -> dict[str, float]:
+            for t in update.trajectories:
+                folder.keep(t, update=update.number)
+            seen = ledger.statistics()
+            ended = {"success": ledger.recent_success(), "episodes": float(seen.started - seen.running)}
+            values = _values(update) | ended | run.load()
+            folder.record(update=update.number, **values, ledger=msgspec.to_builtins(seen))
+            ledger.book(Recorded(update=update.number, sizes=folder.sizes))
+            tell(run.progress("train", update.number, updates, values))
+            return values
+
+        async def at(number: int) -> None:
+            """What is due after this update. A resumed run passes here again, and does what had not been done."""
+            if books.since and (number % config.learner.checkpoint_every == 0 or number == updates):
+                await run.checkpoint(learner, folder, ledger)
+            if config.learner.export_every and number % config.learner.export_every == 0:
+                await run.export(learner, folder.export(str(number)))
+            if config.eval.every and number % config.eval.every == 0:
+                name = f"heldout_{number}"
+                await run.evaluate_once(source.heldout, name, number, tell, folder, ledger)
+
+        async def after(update: Update) -> None:
+            values = record(update)
+            await at(update.number)
+            if watch is not None:
+                await stop.unless(watch(msgspec.structs.replace(update, values=values)))
+
+        await run.catch_up(learner, ledger, tell)
+        try:
+            await run.warm_start(learner, source, tasks, tell, folder, ledger)
+            before, families_before = await evaluate_once("before", 0)
+            if books.recorded < books.updates:
+                record(Update.of(books.since[-1]))
+            if books.updates:
+                await at(books.updates)
+            await run.optimise(learner, tasks, ledger, after)
+            await run.export(learner, folder.export("final"))
+            heldout_after, families_after = await evaluate_once("after", updates)
+        except Interrupted:
+            await run.checkpoint(learner, folder, ledger)
+            raise
+    end = ledger.at_the_end()
+    summary = Summary(
+        name=config.name,
+        seed=config.seed,
+        updates=updates,
+        heldout_before=before,
+        heldout_after=heldout_after,
+        heldout_families_before=families_before,
+        heldout_families_after=families_after,
+        wall_s=folder.journal.elapsed_s,
+        episodes=end.started,
+        tokens_per_s=books.tokens / books.training_s if books.training_s else 0.0,
+        max_lag_seen=books.max_lag,
+        max_lag_allowed=config.rollout.max_lag,
+        lost_samples=end.lost,
+        dropped_by_reason=end.dropped,
+        versions=versions(),
+    )
+    folder.finish(summary)
     return summary
 
 
@@ -96,11 +162,14 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     began = time.monotonic()
     tell = report or (lambda progress: None)
     source = open_source(config.tasks, config.seed)
+    if not source.heldout:
+        raise ConfigError("tasks.heldout is 0: there is nothing to evaluate on.")
     model = check_model_path(model_path)
-    async with Run.open(config, model) as run, run.engine_process(model, learning=False):
-        heldout = await run.evaluate(source.heldout, "heldout", tell)
-        families = await run.evaluate(source.families, "families", tell)
-    assert heldout is not None
+    opened = Run.open(config, model, make_env=source.make_env)
+    async with opened as run, run.engine_process(model, learning=False):
+        run.follow(tell)
+        heldout, _ = await run.evaluate(source.heldout, "heldout", tell)
+        families = (await run.evaluate(source.families, "families", tell))[0] if source.families else None
     return EvalSummary(
         name=config.name,
         seed=config.seed,
@@ -112,25 +181,29 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     )
 
 
-async def _model_directory(config: RunConfig, source: Source, target: Path) -> Path:
+async def _model_directory(config: RunConfig, tasks: Iterator[Task], target: Path) -> Path:
     """The model to start from: the configured one, or a new nano model whose tokenizer knows the training tasks."""
     if config.model.path != "nano":
         return check_model_path(config.model.path)
-    from ale.models.nano import save_nano
+    corpus = list(islice(tasks, _CORPUS_TASKS))
+    if not target.is_dir():  # noqa: ASYNC240  a stat, once
+        from ale.models.nano import save_nano
 
-    texts = list[str]()
-    for task in islice(source.train, _CORPUS_TASKS):
-        texts += [
-            task.instruction,
-            *map(render, task.solution),
-            *(f.data.decode("utf-8", "replace") for f in task.files),
-        ]
-    await asyncio.to_thread(save_nano, target, texts, seed=config.seed)
+        texts = list[str]()
+        for task in corpus:
+            texts += [
+                task.instruction,
+                *(render(action, task.actions) for action in task.solution),
+                *(f.data.decode("utf-8", "replace") for f in task.files),
+            ]
+        unfinished = target.with_name(".model.new")
+        await asyncio.to_thread(save_nano, unfinished, texts, seed=config.seed)
+        unfinished.rename(target)
     return target
 
 
-def _values(update: Update, members: Sequence[Trajectory]) -> dict[str, float]:
-    m = update.metrics
+def _values(update: Update) -> dict[str, float]:
+    m, members = update.metrics, update.trajectories
     return m.values | {
         "batch_reward": sum(t.reward or 0.0 for t in members) / len(members),
         "loss": m.loss,

@@ -1,8 +1,8 @@
 """A worker process: requests in, answers out, over one socket, and no way to outlive its parent.
 
-The parent side is `WorkerProcess`: `await worker.ask(request, deadline_s=...)`. The child side is `Requests`, which a
-module that runs as `python -m MODULE FD` opens on that descriptor. Frames are a length, a request number and a msgpack
-struct; tensors do not travel here but through shared memory whose file descriptor the child inherits.
+The parent side is `WorkerProcess`: `await worker.ask(request, deadline_s=...)`. The child side is `serve`, which a
+module that runs as `python -m MODULE FD` calls with that descriptor. Frames are a length, a request number and a
+msgpack struct; tensors do not travel here but through shared memory whose file descriptor the child inherits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Union
+from typing import Any, Protocol, Union
 
 import msgspec
 
-from ale.errors import AleError, DeadlineExceeded, WorkerDied
+from ale import errors
+from ale.errors import AleError, DeadlineExceeded, UserError, WorkerDied
 from ale.wire import Message, Reply, Request, encode, reply_type
 
 _HEADER = struct.Struct("<IQB")  # body length, request number, kind
@@ -136,7 +137,7 @@ class WorkerProcess:
                     continue  # whoever asked has gone
                 if kind == _FAILURE:
                     failure = msgspec.msgpack.decode(body, type=Failure)
-                    future.set_exception(self._error(f"{failure.kind}: {failure.text}"))
+                    future.set_exception(self._raised(failure))
                 else:
                     future.set_result(msgspec.msgpack.decode(body, type=type_))
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -149,6 +150,13 @@ class WorkerProcess:
             for future, _ in self._pending.values():
                 if not future.done():
                     future.set_exception(self._death())
+
+    def _raised(self, failure: Failure) -> AleError:
+        """What the user can mend is that on this side too; anything else is an error of this worker."""
+        kind = getattr(errors, failure.kind, None)
+        if isinstance(kind, type) and issubclass(kind, UserError):
+            return kind(failure.text)
+        return self._error(f"{failure.kind}: {failure.text}")
 
     async def _read_stderr(self) -> None:
         stream = asyncio.StreamReader()
@@ -215,8 +223,54 @@ class Requests:
         return found
 
 
+class Service(Protocol):
+    """What a worker does, once it is open. Numbers are those of requests; an exception is the answer of a failure."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has work to do; where it has not, the next request is waited for."""
+
+    def handle(self, number: int, request: Any) -> Iterable[tuple[int, msgspec.Struct | Exception | None]]:
+        """The answers that this request brings about, its own or others'; later ones come from `step`."""
+
+    def step(self) -> Iterable[tuple[int, msgspec.Struct]]:
+        """A piece of work between two looks at what has arrived."""
+
+
+def serve(fd: int, kinds: Sequence[type[Message]], open_: Callable[[Any], tuple[Service, msgspec.Struct]]) -> None:
+    """The main loop of a worker. The first request opens the service; ends when the parent has gone.
+
+    What goes wrong with a request goes to whoever asked, and the worker serves on; one that cannot open ends.
+    """
+    requests = Requests(fd, kinds)
+    with suppress(EOFError):
+        (first, settings), *rest = requests.take(block=True)
+        assert not rest, "the parent waits for the worker to open"
+        try:
+            service, opened = open_(settings)
+        except Exception as error:
+            requests.fail(first, error)
+            return
+        requests.answer(first, opened)
+        while True:
+            for number, request in requests.take(block=not service.busy):
+                try:
+                    answers = list(service.handle(number, request))
+                except Exception as error:
+                    answers = [(number, error)]
+                for answered, answer in answers:
+                    if isinstance(answer, Exception):
+                        requests.fail(answered, answer)
+                    else:
+                        requests.answer(answered, answer)
+            if service.busy:
+                for number, answer in service.step():
+                    requests.answer(number, answer)
+
+
 def _die_with_parent() -> None:
     """SIGKILL of the parent must not leave a worker in the middle of a long step."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent decides
+        signal.signal(number, signal.SIG_IGN)

@@ -6,13 +6,14 @@ from typing import Literal
 
 import msgspec
 
-Phase = Literal["warm_start", "evaluate", "train"]
+Phase = Literal["warm_start", "evaluate", "train", "resume"]
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """`Progress(phase="train", step=12, total=100, values={"success": 0.61}, waits=("trainer: a batch",))`.
+    """`Progress(phase="train", step=12, total=100, values={"success": 0.61}, waits=("trainer: a batch (3 s)",))`.
 
-    `waits` names what the run is waiting for right now, so that a run that stands still says why.
+    Told at each step, and every second in between. `waits` names what the run is waiting for right now, so that a run
+    that stands still says why.
     """
 
     phase: Phase
@@ -42,19 +43,20 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """One training run: the content of `summary.json`. The families are None where the tasks have no unseen ones."""
+    """One training run: the content of `summary.json`. A rate is None where there were no such tasks to evaluate."""
 
     name: str
     seed: int
     updates: int
-    heldout_before: Rate
-    heldout_after: Rate
+    heldout_before: Rate | None
+    heldout_after: Rate | None
     heldout_families_before: Rate | None
     heldout_families_after: Rate | None
     wall_s: float
+    """Of all the lives of a run that was resumed; so are the episodes and all that follows."""
     episodes: int
     tokens_per_s: float
-    """Action tokens sampled for training, over the wall time of training."""
+    """Action tokens trained on, over the time that the trainer waited for batches and made updates."""
     max_lag_seen: int
     max_lag_allowed: int
     lost_samples: int

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -20,24 +21,31 @@ from ale.actors.loop_lag import LoopLag
 from ale.actors.reward import Reward
 from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots
-from ale.actors.trainer import Trainer, Update
+from ale.actors.stop import Stop
+from ale.actors.trainer import Trainer, Update, redo
 from ale.agent.chat import Chat
-from ale.agent.episode import demonstrate
+from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
+from ale.data.events import Evaluated, TasksShown
 from ale.data.run_folder import RunFolder
-from ale.envs.env import Env
+from ale.data.task_stream import TaskStream
+from ale.envs.env import Env, MakeEnv
 from ale.envs.source import Source
-from ale.envs.terminal import TerminalEnv
-from ale.errors import ConfigError, LearnerError
+from ale.envs.terminal import ProgramEnv, TerminalEnv
+from ale.errors import ConfigError, LearnerError, RunFolderError
 from ale.learner.weights import create_memory
+from ale.mailbox import Wait
 from ale.messages import (
     Demonstration,
     Imitate,
     OpenEngine,
     OpenLearner,
-    SaveCheckpoint,
+    Saved,
+    SaveModel,
+    SaveState,
     StartPolicyOptimization,
+    Trajectory,
 )
 from ale.models.load import load_tokenizer
 from ale.policy.embedded import EmbeddedPolicy, open_embedded
@@ -51,6 +59,11 @@ Report = Callable[[Progress], None]
 _OPEN_DEADLINE_S = 300.0
 _GRADERS = 4
 _WARM_UP_STEPS = 20
+_BEAT_S = 1.0
+_SHOWN_WAITS = 6
+# How often, and on how many training tasks, the warm start looks whether `stop_at` is reached.
+_CHECK_EVERY = 25
+_CHECK_TASKS = 64
 # Tasks looked at for each demonstration wanted, before the stream is said to lack them.
 _LOOK_AT_MOST = 50
 
@@ -58,8 +71,19 @@ _LOOK_AT_MOST = 50
 class Run:
     """What stays open from the first demonstration to the last evaluation: bus, sandboxes, policy, supervisor."""
 
-    def __init__(self, config: RunConfig, engine: SandboxEngine, bus: Bus, supervisor: Supervisor, chat: Chat) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: SandboxEngine | None,
+        bus: Bus,
+        supervisor: Supervisor,
+        chat: Chat,
+        make_env: MakeEnv | None,
+        judge: Judge | None,
+        stop: Stop,
+    ) -> None:
         self.config = config
+        self.stop = stop
         self._engine = engine
         self._bus = bus
         self._supervisor = supervisor
@@ -67,20 +91,36 @@ class Run:
         self._weights = create_memory()
         self._slots = config.rollout.max_lag + 2
         self._loop_lag = LoopLag()
-        self._reward = Reward(engine, concurrency=_GRADERS, label=config.name)
+        self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
+        self._make_env = make_env or self._in_sandbox
+        self._judge = judge
         self._policy: EmbeddedPolicy | None = None
-        self._generator: Generator | None = None
+        self._last: Progress | None = None
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: RunConfig, model: Path) -> AsyncIterator[Run]:
+    async def open(
+        cls,
+        config: RunConfig,
+        model: Path,
+        *,
+        make_env: MakeEnv | None = None,
+        judge: Judge | None = None,
+        stop: Stop | None = None,
+    ) -> AsyncIterator[Run]:
+        """`make_env` and `judge` take the places of the sandbox and of the tasks' tests. Raises `ModelError` when the
+        model's chat template cannot say what the agent is told."""
         chat = Chat(load_tokenizer(model))
+        chat.start("an instruction", config.agent.system_prompt)
         bus = Bus()
-        async with open_engine(config.sandbox.kind) as engine, Supervisor(bus) as supervisor:
-            run = cls(config, engine, bus, supervisor, chat)
+        async with AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(open_engine(config.sandbox.kind)) if make_env is None else None
+            supervisor = await stack.enter_async_context(Supervisor(bus))
+            run = cls(config, engine, bus, supervisor, chat, make_env, judge, stop or Stop())
             try:
                 await supervisor.start(run._loop_lag)
-                await supervisor.start(run._reward)
+                if run._reward is not None:
+                    await supervisor.start(run._reward)
                 yield run
             finally:
                 os.close(run._weights)
@@ -94,11 +134,18 @@ class Run:
             slots=self._slots,
             threads=self.config.model.threads,
             rows=self.config.rollout.concurrency,
+            precision=self.config.model.precision,
+            record_routing=learning and self.config.algorithm.routing_replay,
         )
         async with open_embedded(settings) as policy:
             self._policy = policy
             manager = EnvManager(
-                policy, self._environment, self._chat, self.config.agent, concurrency=self.config.rollout.concurrency
+                policy,
+                self._make_env,
+                self._chat,
+                self.config.agent,
+                concurrency=self.config.rollout.concurrency,
+                judge=self._judge,
             )
             await self._supervisor.start(manager)
             try:
@@ -107,8 +154,8 @@ class Run:
                 await self._supervisor.stop(manager)
 
     @asynccontextmanager
-    async def learner_process(self, model: Path) -> AsyncIterator[WorkerProcess]:
-        """The learner, and the engine that samples from what it publishes."""
+    async def learner_process(self, model: Path, state: Path | None = None) -> AsyncIterator[WorkerProcess]:
+        """The learner, and the engine that samples from what it publishes. `state`: a checkpoint to go on from."""
         threads = self.config.model.threads
         settings = OpenLearner(
             model=str(model),
@@ -118,6 +165,8 @@ class Run:
             algorithm=self.config.algorithm,
             learner=self.config.learner,
             temperature=self.config.rollout.temperature,
+            state=str(state) if state is not None else None,
+            precision=self.config.model.precision,
         )
         async with WorkerProcess(
             "ale.learner.learner_process",
@@ -125,61 +174,133 @@ class Run:
             pass_fds=(self._weights,),
             env={"OMP_NUM_THREADS": str(threads)},
         ) as learner:
-            await learner.ask(settings, deadline_s=_OPEN_DEADLINE_S)
-            async with self.engine_process(model):
+            opened = await learner.ask(settings, deadline_s=_OPEN_DEADLINE_S)
+            async with self.engine_process(model) as policy:
+                await policy.load_weights(opened.version, opened.slot)
                 yield learner
 
-    async def warm_start(self, learner: WorkerProcess, source: Source, tell: Report) -> None:
-        """Supervised updates on demonstrations (eq. 1), then the weights go to the policy."""
-        c = self.config.warm_start
+    async def catch_up(self, learner: WorkerProcess, ledger: Ledger, tell: Report) -> None:
+        """Makes the updates again that the journal holds and the checkpoint does not: the same, of the same samples."""
+        since = ledger.books.since
+        for number, trained in enumerate(since, start=1):
+            self.stop.check()
+            metrics = await redo(learner, trained, self.config)
+            tell(self.progress("resume", number, len(since), {"update": trained.event.number}))
+            if number == len(since):
+                await self.policy.load_weights(metrics.version, metrics.slot)
+
+    async def warm_start(
+        self,
+        learner: WorkerProcess,
+        source: Source,
+        tasks: TaskStream,
+        tell: Report,
+        folder: RunFolder,
+        ledger: Ledger,
+    ) -> None:
+        """Supervised updates on demonstrations (eq. 1), then the weights go to the policy. Nothing where that is over;
+        from the checkpoint's step on where it was cut off."""
+        c, books = self.config.warm_start, ledger.books
+        if books.warm:
+            return
         if c.steps:
-            demonstrations = await self._demonstrations(source, tell)
+            if books.demonstrations is None:
+                shown = await self.stop.unless(self._demonstrations(tasks, tell))
+                looked_at = tuple(islice(tasks, _CHECK_TASKS)) if c.stop_at else ()
+                ledger.book(TasksShown(drawn=tasks.drawn, demonstrations=tuple(shown), looked_at=len(looked_at)))
+            else:
+                await asyncio.to_thread(tasks.go_to, books.drawn - books.looked_at, {})
+                looked_at = tuple(islice(tasks, books.looked_at))
+            demonstrations = books.demonstrations or ()
             rng, order = random.Random(self.config.seed), list[Demonstration]()
             for step in range(1, c.steps + 1):
                 if len(order) < c.batch:
                     order = rng.sample(demonstrations, len(demonstrations))
                 batch = tuple(order.pop() for _ in range(min(c.batch, len(order))))
-                rate = c.learning_rate * min(1.0, step / _WARM_UP_STEPS)
-                request = Imitate(demonstrations=batch, learning_rate=rate)
-                metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
-                tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
-            await self.policy.load_weights(metrics.version, metrics.slot)
+                if step < books.warm_steps:
+                    continue
+                check = c.stop_at > 0 and step % _CHECK_EVERY == 0
+                evaluation = c.eval_every > 0 and step % c.eval_every == 0
+                if step > books.warm_steps:
+                    self.stop.check()
+                    rate = c.learning_rate * min(1.0, step / _WARM_UP_STEPS)
+                    request = Imitate(demonstrations=batch, learning_rate=rate, weight_decay=c.weight_decay)
+                    metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
+                    books.warm_steps = step
+                    tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
+                    if check or evaluation or step == c.steps:
+                        await self.policy.load_weights(metrics.version, metrics.slot)
+                if evaluation:
+                    await self.evaluate_once(source.heldout, f"warm_start_{step}", 0, tell, folder, ledger)
+                if check:
+                    name = f"warm_start_check_{step}"
+                    seen = await self.evaluate_once(looked_at, name, 0, tell, folder, ledger)
+                    if seen is not None and seen.success >= c.stop_at:
+                        break
         await learner.ask(StartPolicyOptimization(), deadline_s=self.config.learner.step_deadline_s)
+        books.warm, books.demonstrations = True, ()
+        await self.checkpoint(learner, folder, ledger)
 
     async def optimise(
-        self, learner: WorkerProcess, source: Source, ledger: Ledger, after: Callable[[Update], Awaitable[None]]
+        self, learner: WorkerProcess, tasks: TaskStream, ledger: Ledger, after: Callable[[Update], Awaitable[None]]
     ) -> None:
-        """The asynchronous loop: returns after the last update; what was still running is dropped and booked."""
-        c = self.config.rollout
-        slots = Slots(c.groups_per_step * (c.max_lag + 1))
+        """The asynchronous loop: returns after the last update. What still runs then stays in the books as running."""
+        c, books = self.config.rollout, ledger.books
+        if books.updates >= self.config.learner.updates:
+            return
+        running = {group.drawn: group for group in books.groups.values() if not group.buffered}
+        wanted = {drawn: group.task for drawn, group in running.items()}
+        found = await asyncio.to_thread(tasks.go_to, books.drawn, wanted)
+        slots = Slots(c.groups_per_step * (c.max_lag + 1), books.groups)
         async with Supervisor(self._bus) as actors:
             buffer = SampleBuffer(slots, ledger, max_lag=c.max_lag, on_stale=c.on_stale)
-            trainer = Trainer(self.config, learner, self.policy, slots, ledger, after)
-            await actors.start(buffer)
-            self._generator = Generator(self.config, source.train, slots, ledger)
-            await actors.start(self._generator)
-            await actors.start(trainer)
+            under_way = {running[drawn].id: task for drawn, task in found.items()}
+            generator = Generator(self.config, tasks, slots, ledger, under_way)
+            trainer = Trainer(self.config, learner, self.policy, slots, ledger, after, self.stop)
+            for actor in (buffer, generator, trainer):
+                await actors.start(actor)
             await actors.join(trainer)
-        ledger.drop_running("end_of_run")
 
-    async def evaluate(
-        self, tasks: Sequence[Task], name: str, tell: Report, folder: RunFolder | None = None
+    async def evaluate(self, tasks: Sequence[Task], name: str, tell: Report) -> tuple[Rate, list[Trajectory]]:
+        """Success on `tasks`, and how each of them went."""
+        seen = await self.stop.unless(
+            evaluate_tasks(
+                self._bus, self.config, tasks, name, lambda n: tell(self.progress("evaluate", n, len(tasks), {}))
+            )
+        )
+        return rate(seen, self.config.eval), seen
+
+    async def evaluate_once(
+        self, tasks: Sequence[Task], name: str, update: int, tell: Report, folder: RunFolder, ledger: Ledger
     ) -> Rate | None:
-        """Success on `tasks`; None when there are none."""
+        """The evaluation of this name after this update: recorded, and not made again by a run that is resumed. None
+        when there are no tasks."""
+        key = f"{name}@{update}"
         if not tasks:
             return None
-        seen = await evaluate_tasks(
-            self._bus, self.config, tasks, name, lambda n: tell(self.progress("evaluate", n, len(tasks), {}))
-        )
-        result = rate(seen)
-        if folder is not None:
+        if key not in ledger.books.rates:
+            result, seen = await self.evaluate(tasks, name, tell)
             for trajectory in seen:
                 folder.keep(trajectory, evaluation=name)
             folder.record(evaluation=name, success=result.success, ci95=result.ci95, n=result.n)
-        return result
+            ledger.book(Evaluated(name=name, update=update, rate=result, sizes=folder.sizes))
+        return ledger.books.rates[key]
 
-    async def save(self, learner: WorkerProcess, path: Path) -> None:
-        await learner.ask(SaveCheckpoint(path=str(path)), deadline_s=self.config.learner.step_deadline_s)
+    async def checkpoint(self, learner: WorkerProcess, folder: RunFolder, ledger: Ledger) -> None:
+        """Call it between two updates, when the learner has made all that the ledger holds. Raises `RunFolderError`."""
+        path = folder.checkpoints.begin()
+        saved = await learner.ask(SaveState(path=str(path)), deadline_s=self.config.learner.step_deadline_s)
+        _check_saved(saved, path)
+        await folder.commit(ledger.books)
+
+    async def export(self, learner: WorkerProcess, path: Path) -> None:
+        """The trained model as a Hugging Face directory: whole, or not there. Raises `RunFolderError`."""
+        unfinished = path.with_name(f".{path.name}.new")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        saved = await learner.ask(SaveModel(path=str(unfinished)), deadline_s=self.config.learner.step_deadline_s)
+        _check_saved(saved, path)
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
 
     @property
     def policy(self) -> EmbeddedPolicy:
@@ -187,24 +308,38 @@ class Run:
         return self._policy
 
     def load(self) -> dict[str, float]:
-        """How rollouts go and how busy the machine is, for the record of an update."""
+        """How busy the machine is, for the record of an update."""
         return {
-            "success": self._generator.recent_success() if self._generator else 0.0,
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
-            "sandboxes_alive": float(self._engine.statistics().alive),
+            "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
         }
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
-        busy = (w for w in self._bus.waits() if not w.what.startswith("a message in the inbox"))
-        waits = tuple(f"{w.who}: {w.what}" for w in islice(busy, 3))
-        return Progress(phase=phase, step=step, total=total, values=values, waits=waits)
+        self._last = Progress(
+            phase=phase, step=step, total=total, values=values, waits=in_a_few_words(self._bus.waits())
+        )
+        return self._last
 
-    def _environment(self, task: Task) -> Env:
-        c = self.config
-        return TerminalEnv(
+    def follow(self, tell: Report) -> None:
+        """Tells the progress every second as well: a step may take long, and what is waited for changes meanwhile."""
+        self._supervisor.spawn(self._beat(tell), name="progress")
+
+    async def _beat(self, tell: Report) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            if (last := self._last) is not None:
+                values = last.values | self.load() if last.phase == "train" else last.values
+                tell(self.progress(last.phase, last.step, last.total, values))
+
+    def _in_sandbox(self, task: Task) -> Env:
+        c, engine, reward = self.config, self._engine, self._reward
+        assert engine is not None
+        assert reward is not None
+        env = ProgramEnv if task.actions == "python" else TerminalEnv
+        return env(
             msgspec.structs.replace(task, memory_mb=min(task.memory_mb, c.sandbox.memory_mb)),
-            self._engine,
-            lambda task, snapshot: self._reward.ask(self._bus, task, snapshot),
+            engine,
+            lambda task, snapshot: reward.ask(self._bus, task, snapshot),
             pids=c.sandbox.pids,
             max_output_chars=c.agent.max_output_chars,
             command_timeout_s=c.agent.command_timeout_s,
@@ -212,17 +347,17 @@ class Run:
             label=c.name,
         )
 
-    async def _demonstrations(self, source: Source, tell: Report) -> list[Demonstration]:
+    async def _demonstrations(self, stream: TaskStream, tell: Report) -> list[Demonstration]:
         """Reference solutions of training tasks, carried out in sandboxes, a fixed number of each family."""
         c = self.config.warm_start
-        tasks = choose_demonstrated(source.train, c.demonstrations, c.by_family)
+        tasks = choose_demonstrated(stream, c.demonstrations, c.by_family)
         room = asyncio.Semaphore(self.config.rollout.concurrency)
         done = 0
 
         async def one(task: Task) -> Demonstration:
             nonlocal done
             async with room:
-                shown = await demonstrate(task, self._environment, self._chat, self.config.agent)
+                shown = await demonstrate(task, self._make_env, self._chat, self.config.agent, self._judge)
             done += 1
             tell(self.progress("warm_start", 0, c.steps, {"demonstrations": done}))
             return shown
@@ -230,6 +365,24 @@ class Run:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(one(task), name=f"demonstrate {task.id}") for task in tasks]
         return [task.result() for task in running]
+
+
+def in_a_few_words(waits: Sequence[Wait]) -> tuple[str, ...]:
+    """Who waits for what and how long, the longest wait first; those who wait for the same are one line:
+    `("trainer: 8 groups to train version 3 on (12 s)", "48 tasks: the answer of actor 'envs' to Rollout (9 s)")`."""
+    alike: dict[str, list[Wait]] = {}
+    for wait in waits:
+        if not wait.what.startswith("a message in the inbox"):  # has nothing to do
+            alike.setdefault(wait.what, []).append(wait)
+    return tuple(
+        f"{same[0].who if len(same) == 1 else f'{len(same)} tasks'}: {what} ({same[0].waited_s:.0f} s)"
+        for what, same in islice(alike.items(), _SHOWN_WAITS)
+    )
+
+
+def _check_saved(saved: Saved, path: Path) -> None:
+    if saved.problem is not None:
+        raise RunFolderError.cannot_write(path, saved.problem)
 
 
 def choose_demonstrated(tasks: Iterator[Task], total: int, by_family: dict[str, int]) -> list[Task]:

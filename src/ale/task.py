@@ -23,6 +23,9 @@ TESTS_DIR = "/tests"
 REWARD_FILE = "/logs/verifier/reward.txt"
 
 Split = Literal["train", "heldout", "families", "user"]
+Actions = Literal["bash", "text", "python"]
+"""How a turn is read (`ale.agent.actions`): "bash", a command in a fence, or without one the final answer; "text", the
+whole turn is the action; "python", the code in it is."""
 
 
 class TaskFile(msgspec.Struct, frozen=True, array_like=True):
@@ -37,10 +40,12 @@ class Task(Message, frozen=True):
     """`Task(id="copy-1-7", instruction="Copy oak.txt to fox.txt.", files=(TaskFile("oak.txt", b"elm\\n"),), ...)`."""
 
     id: str
-    instruction: str
-    files: tuple[TaskFile, ...]
-    tests: tuple[TaskFile, ...]
+    instruction: str = ""
+    files: tuple[TaskFile, ...] = ()
+    tests: tuple[TaskFile, ...] = ()
     solution: tuple[str, ...] = ()
+    """The actions of a reference solution, before they are rendered as turns."""
+    actions: Actions = "bash"
     family: str = "user"
     level: int = 1
     seed: int = 0

@@ -8,7 +8,7 @@ import typing
 from typing import Any
 
 from ale.actor import Actor
-from ale.errors import ActorError
+from ale.errors import ActorError, ActorStopped
 from ale.inbox import Inbox
 from ale.mailbox import Ask, Envelope
 from ale.wire import Message, Request
@@ -89,7 +89,8 @@ class Worker:
             raise error
         if envelope.reply.done():
             self._inbox.abandoned += 1
-            logger.warning("nobody waits any more for the error of %s", doing, exc_info=error)
+            if not isinstance(error, ActorStopped):  # that it stops is news to nobody who has gone
+                logger.warning("nobody waits any more for the error of %s", doing, exc_info=error)
         else:
             self._inbox.failed += 1
             envelope.reply.set_exception(error)

@@ -13,9 +13,11 @@ from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
 from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots
+from ale.actors.stop import Stop
 from ale.actors.trainer import Trainer, Update
 from ale.bus import Bus
 from ale.config import AlgorithmConfig, LearnerConfig, RolloutConfig, RunConfig
+from ale.data.task_stream import TaskStream
 from ale.messages import Rollout, TrainStep
 from ale.supervisor import Supervisor
 from ale.task import Task
@@ -49,6 +51,7 @@ class Loop:
         load_s: float = 0.0,
         concurrency: int = 64,
         step_deadline_s: float = 1e6,
+        batch_deadline_s: float = 1e6,
         **learner: Any,
     ) -> None:
         self.config = RunConfig(
@@ -58,17 +61,21 @@ class Loop:
                 max_lag=max_lag,
                 on_stale=on_stale,
                 concurrency=concurrency,
+                batch_deadline_s=batch_deadline_s,
             ),
             algorithm=AlgorithmConfig(baseline=baseline, shuffle_rewards=shuffle_rewards),
             learner=LearnerConfig(updates=updates, step_deadline_s=step_deadline_s),
         )
-        self.tasks = tasks(count() if task_count is None else range(task_count))
+        self.tasks = TaskStream(tasks(count() if task_count is None else range(task_count)))
         self.ledger = Ledger()
         self.slots = Slots(groups_per_step * (max_lag + 1))
         self.policy = FakePolicy(load_s=load_s)
         self.learner = FakeLearner(self.policy, **learner)
         self.envs = ScriptedEnvs(script, self.policy, concurrency=concurrency, watch=self.check)
         self.updates: list[Update] = []
+        self.stop = Stop()
+        self.trained_before = 0  # in earlier lives of the run
+        self.under_way: dict[str, Task] = {}
 
     @property
     def pending(self) -> bool:
@@ -87,16 +94,16 @@ class Loop:
                     max_lag=self.config.rollout.max_lag,
                     on_stale=self.config.rollout.on_stale,
                 )
-                self.generator = Generator(self.config, self.tasks, self.slots, self.ledger)
-                self.trainer = Trainer(self.config, self.learner, self.policy, self.slots, self.ledger, self._after)
+                self.generator = Generator(self.config, self.tasks, self.slots, self.ledger, self.under_way)
+                self.trainer = Trainer(
+                    self.config, self.learner, self.policy, self.slots, self.ledger, self._after, self.stop
+                )
                 for actor in (self.buffer, self.generator, self.trainer):
                     await actors.start(actor)
                 if during is not None:
                     await during(self)
                 else:
                     await actors.join(self.trainer)
-            self.check()
-            self.ledger.drop_running("end_of_run")
         self.check()
         return self
 
@@ -111,8 +118,8 @@ class Loop:
         assert books.started >= len(self.envs.received) >= self.envs.running
         refused = sum(len(u.metrics.dropped) for u in self.updates)
         live = sum(len(step.samples) for step in self.learner.steps[: len(self.updates)])
-        now = sum(len(step.samples) for step in self.learner.steps[: self.policy.version])
-        assert live - refused <= books.trained <= now
+        begun = sum(len(step.samples) for step in self.learner.steps)
+        assert live - refused <= books.trained - self.trained_before <= begun
         assert books.buffered <= self.slots.taken * self.config.rollout.group_size
         assert 0 <= self.slots.taken <= self.slots.total
 
@@ -120,10 +127,10 @@ class Loop:
         return self.learner.steps
 
     def dropped(self) -> dict[str, int]:
-        return self.ledger.statistics().dropped
+        return self.ledger.at_the_end().dropped
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def loop() -> type[Loop]:
     return Loop
 

@@ -4,6 +4,7 @@ import pytest
 
 from ale.actors.evaluation import evaluate_tasks, rate
 from ale.bus import Bus
+from ale.config import EvalConfig
 from ale.messages import Rollout, Sampling, Trajectory
 from ale.supervisor import Supervisor
 from ale.testing.clock import run
@@ -38,13 +39,13 @@ def played(solved: int, n: int) -> list[Trajectory]:
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_the_interval_is_wilsons(solved: int, n: int, low: float, high: float) -> None:
-    result = rate(played(solved, n))
+    result = rate(played(solved, n), EvalConfig())
     assert (result.success, result.n) == (solved / n, n)
     assert result.ci95 == pytest.approx((low, high), abs=5e-5)
 
 
 def test_the_interval_of_a_full_success_ends_at_one() -> None:
-    assert rate(played(20, 20)).ci95[1] == 1.0
+    assert rate(played(20, 20), EvalConfig()).ci95[1] == 1.0
 
 
 def evaluated(script, tasks, config, done=lambda n: None):
@@ -68,7 +69,7 @@ def test_an_evaluation_keeps_the_order_of_the_tasks_and_reports_n(with_tasks, sm
     )
     assert [t.task for t in seen] == [t.id for t in tasks]
     assert told == list(range(1, 21))
-    assert rate(seen).n == 20
+    assert rate(seen, EvalConfig()).n == 20
 
 
 @pytest.mark.parametrize("status", ["sandbox_failure", "policy_failure", "evaluator_error"])
@@ -78,7 +79,7 @@ def test_an_evaluation_runs_an_infrastructure_failure_again(with_tasks, small, s
         return Play(status=status, reward=None) if first else Play(reward=1.0)
 
     seen, asked = evaluated(script, with_tasks(6), small)
-    assert rate(seen).success == 1.0
+    assert rate(seen, EvalConfig()).success == 1.0
     assert len(asked) == 12
 
 
@@ -87,7 +88,7 @@ def test_a_task_that_never_runs_counts_as_not_solved(with_tasks, small):
         return Play(status="sandbox_failure", reward=None) if rollout.task.id == "t0" else Play(reward=1.0)
 
     seen, asked = evaluated(script, with_tasks(4), small)
-    assert (rate(seen).success, rate(seen).n) == (0.75, 4)
+    assert (rate(seen, EvalConfig()).success, rate(seen, EvalConfig()).n) == (0.75, 4)
     assert [r.id for r in asked if r.task.id == "t0"] == [f"heldout/t0/{n}" for n in range(3)]
 
 
@@ -95,7 +96,7 @@ def test_a_task_that_never_runs_counts_as_not_solved(with_tasks, small):
 def test_a_failure_of_the_agent_itself_is_not_run_again(with_tasks, small, status):
     seen, asked = evaluated(lambda r: Play(status=status, reward=None), with_tasks(3), small)
     assert len(asked) == 3
-    assert rate(seen).success == 0.0
+    assert rate(seen, EvalConfig()).success == 0.0
 
 
 def test_a_bug_in_an_evaluated_episode_is_raised_as_it_was(with_tasks, small):
@@ -119,4 +120,9 @@ def test_one_task_waits_for_the_episodes_of_training_that_fill_the_manager(with_
             await asyncio.sleep(1.0)
             return await evaluate_tasks(bus, small, [task], "heldout")
 
-    assert rate(run(scenario())).success == 1.0
+    assert rate(run(scenario()), EvalConfig()).success == 1.0
+
+
+def test_partial_credit_counts_as_solved_from_where_the_configuration_says() -> None:
+    assert [EvalConfig().solved(r) for r in (None, -1.0, 0.0, 0.3, 1.0)] == [False, False, False, True, True]
+    assert [EvalConfig(solved_at=1.0).solved(r) for r in (None, 0.9, 1.0)] == [False, False, True]

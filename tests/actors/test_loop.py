@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ale.actors.reward_shuffle import RewardShuffle
+from ale.actors.reward_shuffle import exchange
 from ale.errors import ActorError, ConfigError, DeadlineExceeded, LearnerError, first_error
 from ale.messages import EndSession, GroupEnded, Rollout
 from ale.testing.clock import run
@@ -80,7 +80,7 @@ def test_no_trained_token_is_older_than_max_lag_and_nothing_is_lost(loop, schedu
         assert "stale" not in books.dropped
     if ended is None:
         assert len(tried.updates) == tried.config.learner.updates
-        assert books.running == 0
+        assert tried.ledger.at_the_end().lost == 0
     else:
         assert "The tasks ended after" in str(ended)
         # Every group has come to its end: what still holds a slot is a group in the buffer, and nothing else is.
@@ -99,7 +99,7 @@ def test_the_books_close_at_the_end_and_every_reason_is_counted(loop):
         return Play(reward=float(member(rollout) % 2), latency_s=2.0)
 
     done = run(loop(script, updates=5, latency_s=lambda n: 3.0).run())
-    books = done.ledger.statistics()
+    books = done.ledger.at_the_end()
     assert books.trained == 5 * 2 * 2
     assert books.running == 0
     assert set(books.dropped) == {"zero_advantage", "sandbox_failure", "end_of_run"}
@@ -192,7 +192,7 @@ def test_a_failed_rollout_is_replaced_at_once(loop, status):
     assert done.dropped() == {status: 1, "end_of_run": 2}
 
 
-def test_a_task_that_keeps_failing_gives_its_slot_back(loop):
+def test_a_task_that_keeps_failing_gives_its_slot_back(loop, caplog):
     def script(rollout: Rollout) -> Play:
         if rollout.task.id == "t0":
             return Play(status="evaluator_error", reward=None) if member(rollout) else Play(reward=1.0)
@@ -200,6 +200,7 @@ def test_a_task_that_keeps_failing_gives_its_slot_back(loop):
 
     done = run(loop(script, group_size=2, groups_per_step=1, max_lag=0, updates=2, task_count=3).run())
     assert done.dropped() == {"evaluator_error": 5, "group_too_small": 1}
+    assert "group g1: task t0 keeps failing and is given up: 5 evaluator_error" in caplog.text
     assert done.slots.taken == 0
     assert done.ledger.statistics().trained == 4
 
@@ -242,8 +243,12 @@ def test_what_the_learner_refuses_is_dropped_not_trained(loop):
 
 
 def test_shuffled_rewards_are_earlier_rewards_of_other_rollouts() -> None:
-    shuffle = RewardShuffle(seed=0)
-    given = [shuffle.swap(float(number)) for number in range(1000)]
+    pool: list[float] = []
+    given = []
+    for number in range(1000):
+        put, reward = exchange(pool, number, 0, float(number))
+        pool[put.place : put.place + 1] = [put.earned]
+        given.append(reward)
     kept = [reward for reward in given if reward is not None]
     assert given[:64] == [None] * 64
     assert len(kept) == len(set(kept)) == 1000 - 64  # each is handed on once
@@ -335,7 +340,7 @@ def test_a_run_stopped_amid_its_rollouts_books_them_as_dropped(loop):
         assert tried.ledger.statistics().running == 8
 
     done = run(loop(lambda r: Play(latency_s=5.0)).run(leave))
-    books = done.ledger.statistics()
+    books = done.ledger.at_the_end()
     assert books.dropped == {"end_of_run": 8}
     assert (books.started, books.running, books.buffered, books.trained) == (8, 0, 0, 0)
 
@@ -373,7 +378,7 @@ def test_a_run_that_is_stopped_while_a_batch_is_awaited_ends_at_once(loop):
 
 def test_no_batch_in_time_is_an_error_that_names_the_wait(loop):
     with pytest.raises(DeadlineExceeded, match="trainer/run waits for the answer of actor 'buffer' to TakeBatch"):
-        run(loop(lambda r: Play(reward=1.0, latency_s=1.0), step_deadline_s=30.0).run())
+        run(loop(lambda r: Play(reward=1.0, latency_s=1.0), batch_deadline_s=30.0).run())
 
 
 def test_a_learner_that_is_late_stops_the_run(loop):

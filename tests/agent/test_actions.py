@@ -59,3 +59,28 @@ def test_whatever_is_said_is_one_of_the_three(text: str) -> None:
     assert isinstance(action, Answer) == ("```" not in text)
     if isinstance(action, Call):
         assert render(action.command) in text
+
+
+@given(st.text(max_size=40))
+def test_a_turn_of_text_is_the_action_whatever_it_holds(text: str) -> None:
+    assert parse(text, "text") == Call(text)
+    assert parse(render(text, "text"), "text") == Call(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```python\nx = 1\n```", "x = 1\n"),
+        ("So:\n```py\nx = 1\n```\nThat is it.", "x = 1\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\nBetter:\n```python\ny = 2\n```", "y = 2\n"),
+        ("```python\nx = 1\n", "x = 1\n"),
+        ("    return 1\n", "    return 1\n"),
+    ],
+)
+def test_a_program_is_the_last_fence_or_the_whole_turn(text: str, code: str) -> None:
+    assert parse(text, "python") == Call(code)
+
+
+def test_a_rendered_program_parses_to_itself() -> None:
+    assert parse(render("def f():\n    return '`'\n", "python"), "python") == Call("def f():\n    return '`'\n")

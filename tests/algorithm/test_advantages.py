@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ale.algorithm.advantages import Baseline, advantages, check_baseline
+from ale.algorithm.advantages import advantages, check_baseline
 from ale.algorithm.returns import chunk_returns
+from ale.config import Baseline
 from ale.errors import ConfigError
 
 GROUP = ["group_mean", "group_norm", "leave_one_out"]

@@ -1,15 +1,18 @@
 import json
 import math
+import os
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ale.config import RunConfig
+from ale.config import LearnerConfig, RolloutConfig, RunConfig
+from ale.data.events import Recorded, Resumed, Updated
 from ale.data.run_folder import RunFolder, versions
-from ale.errors import ConfigError
-from ale.messages import Chunk, ToolResult, Trajectory
+from ale.errors import ConfigError, RunFolderError
+from ale.messages import Chunk, StepMetrics, ToolResult, Trajectory
 from ale.wire import Array
 
 
@@ -57,12 +60,105 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
         assert (folder.path / "config.json").is_file()
 
 
+def test_a_folder_in_use_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path)) as folder:
+        folder.record(update=1)
+        for how in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(RunFolderError, match=rf"in use by a live process \(pid {os.getpid()}\)"):
+                RunFolder(config(tmp_path), **how)
+        assert lines(folder.path / "metrics.jsonl") == [{"update": 1}]
+    RunFolder(config(tmp_path), resume=True).__exit__(None, None, None)
+
+
+def test_what_the_journal_does_not_vouch_for_is_cut_off_and_the_rest_goes_on(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path)) as folder:
+        folder.record(update=1)
+        folder.keep(trajectory(-0.5), update=1)
+        folder.journal.write(Recorded(update=1, sizes=folder.sizes))
+        folder.record(update=2)
+        folder.keep(trajectory(-0.5), update=2)
+    with (tmp_path / "a" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"upda')
+    with RunFolder(config(tmp_path), resume=True) as folder:
+        assert folder.books.recorded == 1
+        folder.record(update=2, again=True)
+    assert lines(tmp_path / "a" / "metrics.jsonl") == [{"update": 1}, {"update": 2, "again": True}]
+    assert [line["update"] for line in lines(tmp_path / "a" / "trajectories.jsonl")] == [1]
+
+
+def test_a_file_that_lost_lines_is_named(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path)) as folder:
+        folder.record(update=1)
+        folder.journal.write(Recorded(update=1, sizes=folder.sizes))
+    (tmp_path / "a" / "metrics.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl is shorter than the journal says: 0 bytes instead of 13"):
+        RunFolder(config(tmp_path), resume=True)
+
+
+def test_another_configuration_is_refused_by_the_names_of_its_fields(tmp_path: Path) -> None:
+    RunFolder(config(tmp_path)).__exit__(None, None, None)
+    other = config(tmp_path, seed=3, rollout=RolloutConfig(max_lag=0))
+    with pytest.raises(RunFolderError) as raised:
+        RunFolder(other, resume=True)
+    assert "seed (was 0, is 3), rollout.max_lag (was 1, is 0)" in str(raised.value)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["seed"] == 0
+
+
+def test_a_run_may_be_given_more_updates_and_that_is_recorded(tmp_path: Path) -> None:
+    RunFolder(config(tmp_path)).__exit__(None, None, None)
+    more = config(tmp_path, learner=LearnerConfig(updates=200))
+    with RunFolder(more, resume=True) as folder:
+        (event,) = folder.journal.read()
+    assert event == Resumed(changed={"learner.updates": "was 100, is 200"})
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["learner"]["updates"] == 200
+
+
+def test_updates_that_were_made_cannot_be_taken_back(tmp_path: Path) -> None:
+    with RunFolder(config(tmp_path)) as folder:
+        metrics = StepMetrics(version=1, slot=1, loss=0.0, grad_norm=0.0, values={})
+        folder.journal.write(Updated(number=1, groups=(), metrics=metrics, lag=0, wait_s=0.0, step_s=0.0))
+    fewer = config(tmp_path, learner=LearnerConfig(updates=0))
+    with pytest.raises(RunFolderError, match=r"learner.updates is 0, but .* has made 1 already"):
+        RunFolder(fewer, resume=True)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"there is no run in .*Leave --resume out"):
+        RunFolder(config(tmp_path), resume=True)
+    with RunFolder(config(tmp_path)) as folder:
+        (folder.path / "journal").unlink()
+    with pytest.raises(RunFolderError, match="has no journal"):
+        RunFolder(config(tmp_path), resume=True)
+
+
+def test_tensorboard_reads_each_update_once(tmp_path: Path) -> None:
+    loader = pytest.importorskip("tensorboardX.proto.event_pb2")
+    for life, numbers in ((0, (1, 2, 3)), (1, (2, 3))):
+        with RunFolder(config(tmp_path), resume=life > 0) as folder:
+            for number in numbers:
+                folder.record(update=number, loss=float(number), ledger={"started": 2})
+                if number == 1:
+                    folder.journal.write(Recorded(update=1, sizes=folder.sizes))
+    first, second = sorted((tmp_path / "a" / "tensorboard").iterdir(), key=lambda p: p.name.rsplit(".")[-1])
+    seen = []
+    for path in (first, second):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = loader.Event.FromString(data[at + 12 : at + 12 + length])
+            if event.HasField("session_log"):  # a reader forgets what it saw from this step on
+                seen = [entry for entry in seen if entry[0] < event.step]
+            seen += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            at += 16 + length
+    assert seen == [(n, tag, v) for n in (1, 2, 3) for tag, v in (("loss", float(n)), ("ledger/started", 2.0))]
+
+
 def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     with RunFolder(config(tmp_path)) as folder:
         folder.record(update=1)
-        (folder.checkpoint("4")).mkdir()
+        folder.export("4").mkdir(parents=True)
     with RunFolder(config(tmp_path), overwrite=True) as folder:
-        assert not folder.checkpoint("4").exists()
+        assert not folder.export("4").exists()
     assert lines(tmp_path / "a" / "metrics.jsonl") == []
     (tmp_path / "a" / "config.json").unlink()
     with pytest.raises(ConfigError, match="something else than a run"):

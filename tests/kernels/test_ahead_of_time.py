@@ -29,7 +29,9 @@ def rows() -> list[aot.Resources]:
     return [aot.Resources(**row) for row in json.loads(done.stdout.splitlines()[0])]
 
 
-def test_no_configuration_spills_overflows_shared_memory_or_lacks_its_instructions(rows: list[aot.Resources]) -> None:
+def test_no_configuration_spills_overflows_shared_memory_adds_atomically_or_lacks_its_instructions(
+    rows: list[aot.Resources],
+) -> None:
     assert {row.chip for row in rows} == {80, 90, 100}
     assert [f"{row.name} on sm_{row.chip} {fault}" for row in rows for fault in row.faults()] == []
 
@@ -45,17 +47,25 @@ def test_matrix_units_and_descriptors_are_used_where_they_exist(rows: list[aot.R
         assert all((aot.TMA in row.instructions) == (chip >= 90) for row in moved)
 
 
+def test_the_kernels_that_only_move_bytes_leave_room_for_many_programs(rows: list[aot.Resources]) -> None:
+    """128 threads of at most 128 registers: at least four programs on a multiprocessor hide each other's loads."""
+    moving = [row for row in rows if row.name.startswith("chunk_advantage/")]
+    assert len(moving) == 3 * 10
+    assert [row for row in moving if row.registers > 128 or row.shared > 2048] == []
+
+
 def test_the_kept_table_is_what_the_kernels_compile_to(rows: list[aot.Resources]) -> None:
     assert aot.RESULTS.read_text() == aot.table(rows), "resources changed: look, then python -m bench.aot --write"
 
 
-def test_a_spill_an_overflow_and_a_missing_instruction_are_faults() -> None:
+def test_a_spill_an_overflow_an_atomic_and_a_missing_instruction_are_faults() -> None:
     fine = aot.Resources("k", 90, 128, 1024, 0, 0, 0.5, "wgmma", "")
     assert fine.faults() == []
     for change, word in (
         ({"stack": 8}, "spills"),
         ({"shared": 10**6}, "shared memory"),
         ({"missing": "wgmma"}, "lacks"),
+        ({"atomic": True}, "atomically"),
     ):
         (fault,) = aot.Resources(**{**vars(fine), **change}).faults()
         assert word in fault

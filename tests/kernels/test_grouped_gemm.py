@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ale.kernels import grouped_gemm
-from ale.kernels.grouped_gemm import tiles
+from ale.kernels.grouped_gemm import op, tiles
 from ale.kernels.grouped_gemm.reference import grouped_gemm_reference
 
 SM80, SM90 = (8, 0), (9, 0)
@@ -224,6 +224,27 @@ def test_the_kernels_hold_at_shapes_that_break_kernels(shape: str, use_kernels: 
     assert_close(case.run(grouped_gemm), expected)
 
 
+def test_the_kernels_check_the_values_of_a_tensor_once_until_it_is_written_to(
+    use_kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[tuple[int, ...]] = []
+    for name in ("_check_ends", "_check_permutation"):
+        check = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda t, e, check=check: (looked.append(tuple(t.shape)), check(t, e)))
+    case = Case([3, 0, 5], 16, 16, torch.float32, "gather")
+    use_kernels(SM90)
+    for _ in range(3):
+        case.run(grouped_gemm)
+    assert looked == [(3,), (8,)]
+    case.ends[1] = 9
+    with pytest.raises(ValueError, match=r"rise from 0 to the 8 rows.*\[3, 9, 8\]"):
+        case.run(grouped_gemm)
+    case.ends[1] = 8
+    case.ends[2] = 9
+    with pytest.raises(ValueError, match="rise"):
+        case.run(grouped_gemm)
+
+
 def test_the_kernels_take_bfloat16_strides_and_a_tall_tile(use_kernels: Any) -> None:
     case = Case([130, 0, 3], 8, 16, torch.bfloat16)
     case.x = torch.randn(133, 16, dtype=torch.bfloat16)[:, ::2].requires_grad_()
@@ -233,17 +254,28 @@ def test_the_kernels_take_bfloat16_strides_and_a_tall_tile(use_kernels: Any) -> 
     assert_close(case.run(grouped_gemm), expected)
 
 
-def test_the_cpu_path_depends_on_shape_and_dtype_alone() -> None:
-    def path(dtype: torch.dtype, rows: int = 128, K: int = 1024, native: bool = False) -> str:
-        return tiles.cpu_path(16 * rows, 16, K, 1024, dtype, fp16_native=native)
+def test_the_cpu_path_depends_on_shape_dtype_and_processor_alone() -> None:
+    def path(dtype: torch.dtype, rows: int = 128, K: int = 1024, *, amx: bool = False, fp16: bool = False) -> str:
+        return tiles.cpu_path(16 * rows, 16, K, 1024, dtype, tiles.Processor(amx=amx, fp16=fp16))
 
     assert path(torch.float32) == "grouped_mm"
-    assert path(torch.bfloat16) == "loop"
-    assert path(torch.bfloat16, rows=4) == "grouped_mm"
+    assert path(torch.bfloat16) == "grouped_mm"
+    assert path(torch.bfloat16, amx=True) == "loop"
+    assert path(torch.bfloat16, rows=4, amx=True) == "grouped_mm"
     assert path(torch.float16) == "upcast"
-    assert path(torch.float16, native=True) == "grouped_mm"
+    assert path(torch.float16, fp16=True) == "grouped_mm"
     assert path(torch.float32, K=1023) == "loop"
     assert path(torch.float64) == "loop"
+
+
+def test_a_product_and_its_gradients_take_one_path() -> None:
+    """`grouped_gemm` lets torch record the bare product where it goes through `grouped_mm`: its backward then does."""
+    for rows, K, N in ((128, 1024, 512), (4, 512, 1023), (7, 64, 8)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for amx in (False, True):
+                processor = tiles.Processor(amx=amx, fp16=amx)
+                ways = ((K, N), (N, K))
+                assert len({tiles.cpu_path(rows * 8, 8, *way, dtype, processor) for way in ways}) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 4096])

@@ -134,7 +134,10 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
         ((x, experts, weights, gate_up, down.mT), "down"),
         ((x, experts[:-1], weights, gate_up, down), "experts and weights"),
         ((x, weights, weights, gate_up, down), "integer experts"),
-        ((x.double(), experts, weights, gate_up, down), "one dtype"),
+        ((x.double(), experts, weights, gate_up, down), "one floating-point dtype"),
+        ((x.int(), experts, weights, gate_up.int(), down.int()), "one floating-point dtype"),
+        ((x, experts.to("meta"), weights, gate_up, down), "experts on cpu"),
+        ((x, experts, weights, gate_up, down.to("meta")), "down on cpu"),
     ):
         with pytest.raises(ValueError, match=message):
             moe_experts(*inputs)

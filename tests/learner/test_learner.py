@@ -7,16 +7,18 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeForCausalLM
 
 from ale.algorithm.objectives import objective
 from ale.errors import LearnerError
+from ale.learner import forward
 from ale.learner.batch import split
 from ale.learner.forward import _router_loss, action_logp, action_logp_under
 from ale.learner.learner import Learner, LearnerSettings
 from ale.learner.weights import Layout, WeightRing, create_memory
 from ale.messages import Chunk, Demonstration, Sample, Trajectory
 from ale.models.load import load_model
+from ale.models.nano import nano_config
 from ale.wire import Array
 
 MakeLearner = Callable[..., Learner]
@@ -89,6 +91,63 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 STILL = {"learning_rate": 0.0, "max_grad_norm": 1e9}
 
 
+def materialised(head: torch.nn.Module, before: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    logp = torch.log_softmax(head(before) / temperature, -1)
+    return logp.gather(1, ids[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
+def test_the_log_probabilities_and_gradients_are_those_of_all_logits(
+    nano_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    torch.manual_seed(0)
+    config = nano_config(nano_tokenizer)
+    config.tie_word_embeddings = tied
+    model = Qwen3MoeForCausalLM(config)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    samples = make_samples(model, 5)
+    (batch,) = split([s.trajectory.tokens_T for s in samples], [s.trajectory.chunks for s in samples], 10_000)
+    found = []
+    for head_logp in (forward._head_logp, materialised):
+        monkeypatch.setattr(forward, "_head_logp", head_logp)
+        model.zero_grad()
+        logp, _ = action_logp(model, batch, 0.6)
+        logp.sum().backward()
+        under = action_logp_under(model, {n: p * 1.01 for n, p in model.named_parameters()}, batch, 0.6)
+        found.append((logp.detach(), under, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    assert not torch.equal(found[0][0], found[0][1])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_more_than_a_matrix_is_applied_as_it_is() -> None:
+    torch.manual_seed(0)
+    before, ids = torch.randn(7, 16), torch.randint(0, 50, (7,))
+    head = torch.nn.Linear(16, 50)
+    assert forward._head_logp(head, before, ids, 0.7).tolist() == pytest.approx(
+        materialised(head, before, ids, 0.7).tolist(), abs=1e-5
+    )
+    with torch.no_grad():
+        head.bias.zero_()
+    plain = torch.nn.Linear(16, 50, bias=False)
+    plain.weight = head.weight
+    assert forward._head_logp(head, before, ids, 0.7).tolist() == pytest.approx(
+        forward._head_logp(plain, before, ids, 0.7).tolist(), abs=1e-5
+    )
+
+
+def test_training_with_and_without_logits_gives_the_same_losses_for_twenty_updates(
+    nano_path: Path, make_learner: MakeLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = []
+    for head_logp in (forward._head_logp, materialised):
+        monkeypatch.setattr(forward, "_head_logp", head_logp)
+        learner = make_learner(load_model(nano_path), learning_rate=1e-3, pi_old="mu")
+        samples = make_samples(learner.model, 6)
+        curves.append([learner.learn(samples).loss for _ in range(20)])
+    assert abs(curves[0][-1] - curves[0][0]) > 0.05
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ipa", "baseline", "token", "grpo"])
 @pytest.mark.parametrize("router_loss", [0.0, 1.0])
 def test_the_gradient_does_not_depend_on_the_split_or_the_order(
@@ -134,14 +193,12 @@ def test_the_router_loss_is_that_of_each_sequence_and_reaches_the_router(nano: A
 def test_an_even_load_has_the_smallest_router_loss() -> None:
     even = torch.eye(4).repeat(4, 1) * 5
     skewed = torch.tensor([[5.0, 0, 0, 0]] * 16)
-    real = torch.ones(2, 8, dtype=torch.bool)
-    assert float(_router_loss([even], 1, real)) == pytest.approx(1.0)
-    assert float(_router_loss([skewed], 1, real)) > 3
-    padded = real.clone()
-    padded[1, 4:] = False
+    both = [torch.arange(8), torch.arange(8, 16)]
+    assert float(_router_loss([even], 1, both)) == pytest.approx(1.0)
+    assert float(_router_loss([skewed], 1, both)) > 3
     noise = even.clone()
     noise[12:] = 100 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    assert float(_router_loss([noise], 1, padded)) == pytest.approx(1.0)
+    assert float(_router_loss([noise], 1, [both[0], both[1][:4]])) == pytest.approx(1.0)
 
 
 def test_a_sample_that_counts_for_nothing_still_counts_in_the_normaliser(
@@ -267,14 +324,112 @@ def test_pi_old_of_each_token_is_that_of_the_version_that_sampled_it(nano: Any, 
     version_A = np.arange(t.action_tokens) % 3
     expected = under[version_A, torch.arange(t.action_tokens)]
     mixed = changed(sample, version_A=Array.of(version_A, "int32"), logp_A=Array.of(expected.numpy(), "float32"))
-    old, truth = learner._pi_old([mixed])
+    old, fresh = learner._pi_old([mixed])
     torch.testing.assert_close(old[t.id], expected, atol=1e-5, rtol=0)
-    assert truth["truth_max"] < 1e-5
-    assert truth["truth_exceptions"] == 0
+    assert not fresh[t.id].any()  # a router's loss is not divided by Z: nothing is left to the training forward
     assert float((under[0] - under[2]).abs().max()) > 0.01
 
-    wrong = changed(mixed, logp_A=Array.of(expected.numpy() + 0.5, "float32"))
-    assert learner._pi_old([wrong])[1]["truth_exceptions"] == t.action_tokens
+    wrong = changed(mixed, id="wrong", logp_A=Array.of(expected.numpy() + 0.5, "float32"))
+    truth = learner.learn([mixed, wrong]).values
+    assert truth["truth_exceptions"] == t.action_tokens
+    assert truth["truth_max"] == pytest.approx(0.5, abs=1e-5)
+    assert truth["truth_mean"] == pytest.approx(0.25, abs=1e-5)
+
+
+def make_group(model: Any, size: int, *, group: int = 0, version: int = 0) -> list[Sample]:
+    """Trajectories that continue one prompt: what a group is."""
+    rng = np.random.default_rng(group)
+    prompt = rng.integers(10, 300, 40)
+    samples = []
+    for n in range(size):
+        own = rng.integers(10, 300, int(rng.integers(6, 20)))
+        ids = np.concatenate([prompt, own])
+        tokens, chunks = Array.of(ids, "int32"), (Chunk(40, 44, "call"), Chunk(45, len(ids), "answer"))
+        logp = Array.of(logp_of(model, tokens, chunks).numpy(), "float32")
+        (sample,) = make_samples(model, 1)
+        fields = {"tokens_T": tokens, "chunks": chunks, "logp_A": logp, "logp_sampled_A": logp}
+        versions = Array.of(np.full(len(logp.numpy()), version), "int32")
+        sample = changed(sample, id=f"g{group}/{n}", version_A=versions, **fields)
+        samples.append(Sample(sample.trajectory, 0.5 if n % 2 else -0.25))
+    return samples
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_shared_prompt_changes_no_gradient_and_no_log_probability(
+    nano_path: Path, make_learner: MakeLearner, kind: str
+) -> None:
+    """Four groups whose prompts stand once, against every trajectory in a row and a micro-batch of its own."""
+
+    def model() -> Any:
+        return tiny_llama() if kind == "dense" else load_model(nano_path)
+
+    samples = [s for g in range(4) for s in make_group(model(), 5, group=g)]
+    shared = make_learner(model(), **STILL)
+    batches = shared._split([s.trajectory.tokens_T for s in samples], [s.trajectory.chunks for s in samples])
+    assert sum(b.ids_BT.numel() for b in batches) < 0.6 * sum(b.tokens for b in batches)
+    apart_ = make_learner(model(), micro_tokens=1, **STILL)
+    one, other = shared.learn(samples), apart_.learn(samples)
+    assert one.values["truth_max"] < 1e-5
+    assert one.values["tokens"] == other.values["tokens"]
+    assert one.loss == pytest.approx(other.loss, rel=1e-4)
+    if kind == "moe":
+        assert one.values["router_loss"] == pytest.approx(other.values["router_loss"], rel=1e-5)
+    first, second = (
+        torch.cat([p.grad.flatten().double() for p in m.model.parameters() if p.grad is not None])
+        for m in (shared, apart_)
+    )
+    assert apart(first, second) < 1e-5
+
+
+def test_sequences_share_a_prompt_only_where_that_saves_work() -> None:
+    def cells(prompt: int, own: int, members: int) -> int:
+        tokens = [Array.of(np.r_[np.arange(prompt), 1000 * n + np.arange(own)], "int32") for n in range(members)]
+        chunks = [(Chunk(prompt, prompt + own, "answer"),)] * members
+        return sum(b.ids_BT.numel() for b in split(tokens, chunks, 100_000, width=64))
+
+    assert cells(prompt=40, own=5, members=6) == 40 + 6 * 5
+    assert cells(prompt=4, own=200, members=6) == 6 * 204
+    assert 6 * 100 < cells(prompt=20, own=100, members=6) <= 6 * 120
+
+
+def test_pi_old_of_the_version_in_training_comes_from_the_training_forward(make_learner: MakeLearner) -> None:
+    """A dense model, tokens of two versions: a pass under old weights for the older, none for the others; the update
+    is the one that pi_old known beforehand gives."""
+    learner = make_learner(tiny_llama(), learning_rate=3e-3, slots=3)
+    learner.learn(make_group(learner.model, 4))
+    samples = make_group(learner.model, 4, version=1)
+    old_weights = learner.ring.views(learner.ring.slot_of(0))
+    mixed = []
+    for s in samples:
+        t = s.trajectory
+        (batch,) = split([t.tokens_T], [t.chunks], 10_000)
+        version_A = (np.arange(t.action_tokens) >= 3).astype(np.int32)
+        under_old = action_logp_under(learner.model, old_weights, batch, 1.0).numpy()
+        logp = Array.of(np.where(version_A == 0, under_old, t.logp_A.numpy()), "float32")
+        mixed.append(changed(s, version_A=Array.of(version_A, "int32"), logp_A=logp, logp_sampled_A=logp))
+    old, fresh = learner._pi_old(mixed)
+    for s in mixed:
+        assert fresh[s.trajectory.id].tolist() == [False] * 3 + [True] * (s.trajectory.action_tokens - 3)
+        torch.testing.assert_close(old[s.trajectory.id][:3], torch.tensor(s.trajectory.logp_A.numpy()[:3]))
+    start = weights(learner.model)
+    reference = make_learner(tiny_llama(), pi_old="mu", **STILL)  # what was recorded is pi_old here, known beforehand
+    reference.model.load_state_dict(learner.model.state_dict())
+    expected = reference.learn(mixed)
+    found = learner.learn(mixed)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    assert found.values["truth_max"] < 1e-5
+    assert any(not torch.equal(w, start[name]) for name, w in weights(learner.model).items())
+
+
+def test_products_in_bfloat16_stay_near_those_in_float32(make_learner: MakeLearner) -> None:
+    samples = make_group(tiny_llama(), 6)
+    exact = make_learner(tiny_llama(), **STILL).learn(samples)
+    mixed = make_learner(tiny_llama(), precision="bfloat16", **STILL)
+    rounded = mixed.learn(samples)
+    assert 0 < rounded.values["truth_max"] < 0.05
+    assert rounded.grad_norm == pytest.approx(exact.grad_norm, rel=0.05)
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in mixed.model.parameters())
 
 
 @pytest.mark.parametrize(("pi_old", "which"), [("mu", "recorded"), ("proximal", "now")])
@@ -283,10 +438,10 @@ def test_the_named_alternatives_to_the_snapshot(nano: Any, make_learner: MakeLea
     (sample,) = make_samples(nano, 1)
     t = sample.trajectory
     learner.learn([sample])
-    old, truth = learner._pi_old([sample])
+    old, _ = learner._pi_old([sample])
     expected = torch.tensor(t.logp_A.numpy()) if which == "recorded" else logp_of(nano, t.tokens_T, t.chunks)
     torch.testing.assert_close(old[t.id], expected, atol=1e-5, rtol=0)
-    assert truth == {}
+    assert "truth_max" not in learner.learn([sample]).values
 
 
 def test_a_sample_whose_weights_are_gone_is_an_error_that_names_both_versions(
@@ -405,6 +560,35 @@ def test_the_warm_start_leaves_no_optimizer_state_behind(nano_path: Path, make_l
         torch.testing.assert_close(a, b, atol=1e-7, rtol=0, msg=name)
 
 
+def test_weight_decay_in_the_warm_start_shrinks_matrices_and_leaves_gains_alone(
+    nano_path: Path, make_learner: MakeLearner
+) -> None:
+    rng = np.random.default_rng(0)
+    shown = demonstrations(rng.integers(10, 300, (4, 20)).tolist(), Chunk(5, 12, "call"))
+    started = weights(load_model(nano_path))
+    free, decayed = make_learner(load_model(nano_path)), make_learner(load_model(nano_path))
+    free.imitate(shown, 1e-2)
+    decayed.imitate(shown, 1e-2, 0.5)
+    after = weights(decayed.model)
+    for name, without in weights(free.model).items():
+        shrunk = without - 1e-2 * 0.5 * started[name] if without.dim() > 1 else without
+        torch.testing.assert_close(after[name], shrunk, atol=1e-6, rtol=0, msg=name)
+    decayed.start_policy_optimization()
+    assert [group["weight_decay"] for group in decayed.optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_the_rate_rises_and_falls_to_zero_with_the_last_step(nano: Any, make_learner: MakeLearner) -> None:
+    learner = make_learner(nano, warmup_steps=1, decay_steps=4, learning_rate=1e-3)
+    rates = []
+    for version in range(5):
+        samples = [
+            changed(s, version_A=Array.of(np.full(s.trajectory.action_tokens, version), "int32"))
+            for s in make_samples(nano, 1)
+        ]
+        rates.append(learner.learn(samples).values["learning_rate"])
+    assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3, 0.0])
+
+
 def test_a_checkpoint_loads_with_identical_logits(nano: Any, make_learner: MakeLearner, tmp_path: Path) -> None:
     learner = make_learner(nano, learning_rate=1e-2)
     learner.learn(make_samples(nano))
@@ -428,5 +612,5 @@ def test_micro_batches_keep_to_their_budget_and_lose_no_sequence() -> None:
     assert sorted(i for b in batches for i in b.index) == list(range(50))
     assert all(b.ids_BT.numel() <= 120 for b in batches)
     for batch in batches:
-        for row, i in enumerate(batch.index):
-            assert batch.ids_BT[row][batch.real_BT[row]].tolist() == tokens[i].numpy().tolist()
+        for i, places in zip(batch.index, batch.places_N, strict=True):
+            assert batch.ids_BT.flatten()[places].tolist() == tokens[i].numpy().tolist()

@@ -88,6 +88,28 @@ def test_the_ends_of_the_unit_interval_choose_a_token_that_can_be(u: float) -> N
     assert math.isfinite(float(logp))
 
 
+def test_a_vocabulary_of_many_blocks_is_drawn_from_as_one() -> None:
+    """The two-step draw against a plain search in the whole cumulative distribution; blocks without mass among them."""
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 1024:3072] = -math.inf
+    logits[::2, 4096:] = -math.inf
+    u = np.array([uniform(i, 0) for i in range(62)] + [0.0, 1 - 2**-53])
+    token, _, _ = sample(logits, [Sampling()] * 64, u)
+    cumulative = torch.log_softmax(logits, -1).double().exp().cumsum(-1)
+    at = torch.from_numpy(u)[:, None] * cumulative[:, -1:]
+    expected = torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=4999)
+    assert (token == expected).sum() >= 62  # a draw within 1e-7 of a border may fall on its other side
+    assert bool(logits[torch.arange(64), token].isfinite().all())
+
+
+def test_logits_of_nan_give_a_token_whose_log_probability_says_so() -> None:
+    token, logp, _ = sample(
+        torch.full((2, 3000), math.nan), [Sampling(), Sampling(temperature=0.0)], np.array([0.1, 0.2])
+    )
+    assert bool(((token >= 0) & (token < 3000)).all())
+    assert bool(logp.isnan().all())
+
+
 def test_the_random_numbers_are_uniform_over_seeds_and_positions() -> None:
     by_position = np.array([uniform(3, i) for i in range(20_000)])
     by_seed = np.array([uniform(i, 3) for i in range(20_000)])

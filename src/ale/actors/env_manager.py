@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ale.actor import Actor
 from ale.agent.chat import Chat
-from ale.agent.episode import run_episode
+from ale.agent.episode import Judge, run_episode
 from ale.config import AgentConfig, RunConfig
 from ale.envs.env import Env
 from ale.messages import Rollout, Trajectory
@@ -29,18 +29,26 @@ def rollout_deadline_s(config: RunConfig) -> float:
 
 class EnvManager(Actor):
     def __init__(
-        self, policy: Policy, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig, *, concurrency: int
+        self,
+        policy: Policy,
+        make_env: Callable[[Task], Env],
+        chat: Chat,
+        limits: AgentConfig,
+        *,
+        concurrency: int,
+        judge: Judge | None = None,
     ) -> None:
         super().__init__("envs", capacity=4 * concurrency, concurrency=concurrency)
         self._policy = policy
         self._make_env = make_env
         self._chat = chat
         self._limits = limits
+        self._judge = judge
 
     async def receive(self, message: Message) -> Trajectory | None:
         match message:
             case Rollout():
-                return await run_episode(message, self._policy, self._make_env, self._chat, self._limits)
+                return await run_episode(message, self._policy, self._make_env, self._chat, self._limits, self._judge)
             case _:
                 await super().receive(message)
         return None

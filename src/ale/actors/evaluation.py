@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ale.actors.env_manager import rollout_deadline_s
 from ale.bus import Bus
-from ale.config import RunConfig
+from ale.config import EvalConfig, RunConfig
 from ale.errors import first_error
 from ale.messages import Rollout, Sampling, Trajectory
 from ale.progress import Rate
@@ -58,10 +58,10 @@ async def evaluate_tasks(
     return [task.result() for task in running]
 
 
-def rate(trajectories: Sequence[Trajectory]) -> Rate:
-    """The share with a positive reward and its 95% interval (Wilson's score interval, JASA 1927)."""
+def rate(trajectories: Sequence[Trajectory], config: EvalConfig) -> Rate:
+    """The share that was solved and its 95% interval (Wilson's score interval, JASA 1927)."""
     n = len(trajectories)
-    share = sum((t.reward or 0.0) > 0 for t in trajectories) / n
+    share = sum(config.solved(t.reward) for t in trajectories) / n
     centre = (share + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
     half = _Z95 / (1 + _Z95**2 / n) * math.sqrt(share * (1 - share) / n + (_Z95 / (2 * n)) ** 2)
     return Rate(success=share, ci95=(max(0.0, centre - half), min(1.0, centre + half)), n=n)

@@ -2,26 +2,30 @@
 
 A rollout whose reward cannot be trusted is replaced at once by a new one from the same start state with the current
 policy, so a group never comes up short; a group without a gradient is dropped and its slot goes to the next task.
+
+In a resumed run the groups that were under way come first: what had finished in them is kept, what had not runs again
+under its own name, with its own seed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-from collections import deque
-from collections.abc import Iterator
 
 import msgspec
 
 from ale.actor import Actor
 from ale.actors.env_manager import rollout_deadline_s
 from ale.actors.ledger import Ledger
-from ale.actors.reward_shuffle import RewardShuffle
+from ale.actors.reward_shuffle import exchange
 from ale.actors.slots import Slots
 from ale.algorithm.filters import Reason, group_reason, logp_reason, rollout_reason
 from ale.config import RunConfig
+from ale.data.books import OpenGroup
+from ale.data.task_stream import TaskStream
 from ale.errors import first_error
-from ale.messages import Group, GroupEnded, GroupStarted, Rollout, Sampling, TasksEnded, Trajectory
+from ale.messages import GroupEnded, GroupStarted, Rollout, Sampling, TasksEnded, Trajectory
 from ale.task import Task
 
 logger = logging.getLogger(__name__)
@@ -29,35 +33,35 @@ logger = logging.getLogger(__name__)
 _TELL_DEADLINE_S = 600.0
 # More replacements than this for one group, times its size, mean that the task itself is broken.
 _REPLACEMENTS = 2
-_RECENT = 256
 
 
 class Generator(Actor):
-    """`tasks` may end: then the generator ends with its last group, and the buffer learns that no other will come."""
+    """`tasks` may end: then the generator ends with its last group, and the buffer learns that no other will come.
 
-    def __init__(self, config: RunConfig, tasks: Iterator[Task], slots: Slots, ledger: Ledger) -> None:
+    `under_way` holds the tasks of the groups that the ledger shows as running when the generator starts.
+    """
+
+    def __init__(
+        self, config: RunConfig, tasks: TaskStream, slots: Slots, ledger: Ledger, under_way: dict[str, Task]
+    ) -> None:
         super().__init__("generator", capacity=1)
         self._config = config
         self._tasks = tasks
         self._slots = slots
         self._ledger = ledger
-        self._groups = 0
-        self._shuffle = RewardShuffle(config.seed) if config.algorithm.shuffle_rewards else None
-        self._recent: deque[bool] = deque(maxlen=_RECENT)
-        self._rollouts = 0
-
-    def recent_success(self) -> float:
-        """The share of the last scored rollouts, filtered ones included, that were solved."""
-        return sum(self._recent) / len(self._recent) if self._recent else 0.0
+        self._under_way = under_way
 
     async def run(self) -> None:
         try:
             async with asyncio.TaskGroup() as groups:
+                for name, task in self._under_way.items():
+                    group = self._ledger.books.groups[name]
+                    groups.create_task(self._group(group, task), name=f"group {name}")
                 await self._start_groups(groups)
         except ExceptionGroup as errors:
             error = first_error(errors)
             raise error from error.__cause__
-        await self.bus.tell("buffer", TasksEnded(started=self._groups), deadline_s=_TELL_DEADLINE_S)
+        await self.bus.tell("buffer", TasksEnded(started=self._ledger.books.opened), deadline_s=_TELL_DEADLINE_S)
 
     async def _start_groups(self, groups: asyncio.TaskGroup) -> None:
         """One for each slot, until the tasks end."""
@@ -67,78 +71,75 @@ class Generator(Actor):
             task = next(self._tasks, None)
             if task is None:
                 return
-            self._groups += 1
-            name = f"g{self._groups}"
-            self._slots.take(name)
-            await self.bus.tell("buffer", GroupStarted(group=name), deadline_s=_TELL_DEADLINE_S)
-            groups.create_task(self._group(name, task), name=f"group {name}")
+            group = self._ledger.open(task.id, self._tasks.drawn)
+            self._slots.take(group.id)
+            await self.bus.tell("buffer", GroupStarted(group=group.id), deadline_s=_TELL_DEADLINE_S)
+            groups.create_task(self._group(group, task), name=f"group {group.id}")
 
-    async def _group(self, name: str, task: Task) -> None:
-        members = await self._members(name, task)
-        reason = (
-            Reason.GROUP_TOO_SMALL
-            if members is None
-            else group_reason([t.reward or 0.0 for t in members], self._config.algorithm.baseline)
-        )
-        if members is not None and reason is None:
-            self._ledger.buffer(t.id for t in members)
-            group = Group(id=name, task=task.id, trajectories=tuple(members))
-            await self.bus.tell("buffer", group, deadline_s=_TELL_DEADLINE_S)
+    async def _group(self, group: OpenGroup, task: Task) -> None:
+        await self._run_members(group, task)
+        if len(group.members) < self._config.rollout.group_size:
+            failed = ", ".join(f"{n} {reason}" for reason, n in sorted(group.failed.items()))
+            logger.warning("group %s: task %s keeps failing and is given up: %s", group.id, task.id, failed)
+            reason: Reason | None = Reason.GROUP_TOO_SMALL
+        else:
+            rewards = [t.reward or 0.0 for t in group.members]
+            reason = group_reason(rewards, self._config.algorithm.baseline)
+        if reason is None:
+            await self.bus.tell("buffer", self._ledger.buffer(group), deadline_s=_TELL_DEADLINE_S)
             return
-        for t in members or ():
-            self._ledger.drop(t.id, str(reason), t.action_tokens)
-        await self.bus.tell("buffer", GroupEnded(group=name, reason=str(reason)), deadline_s=_TELL_DEADLINE_S)
-        self._slots.give_back(name)
+        self._ledger.drop_group(group.id, reason)
+        await self.bus.tell("buffer", GroupEnded(group=group.id, reason=str(reason)), deadline_s=_TELL_DEADLINE_S)
+        self._slots.give_back(group.id)
 
-    async def _members(self, name: str, task: Task) -> list[Trajectory] | None:
-        """The scored rollouts of a group; None, with everything dropped, when the task keeps failing."""
+    async def _run_members(self, group: OpenGroup, task: Task) -> None:
+        """Returns when the group has all its members, or too many of its rollouts had to be dropped."""
         size = self._config.rollout.group_size
         attempts = size * (1 + _REPLACEMENTS)
-        members: list[Trajectory] = []
         async with asyncio.TaskGroup() as rollouts:
-            running = {rollouts.create_task(self._rollout(name, i, task)) for i in range(size)}
-            started = size
-            while running:
+            running = {rollouts.create_task(self._rollout(name, group, task)) for name in group.running}
+            while True:
+                while len(group.running) + len(group.members) < size and group.started < attempts:
+                    name = self._ledger.start(group)
+                    running.add(rollouts.create_task(self._rollout(name, group, task)))
+                if not running:
+                    return
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for finished in done:
-                    trajectory = finished.result()
-                    if trajectory is not None:
-                        members.append(trajectory)
-                    elif started < attempts:
-                        running.add(rollouts.create_task(self._rollout(name, started, task)))
-                        started += 1
-        if len(members) == size:
-            return sorted(members, key=lambda t: int(t.id.rpartition("/")[2]))  # not in the order of their ends
-        logger.warning(
-            "group %s: task %s failed %d times; the group is dropped", name, task.id, attempts - len(members)
-        )
-        for t in members:
-            self._ledger.drop(t.id, str(Reason.GROUP_TOO_SMALL), t.action_tokens)
-        return None
+                    finished.result()
 
-    async def _rollout(self, group: str, member: int, task: Task) -> Trajectory | None:
-        """One scored rollout, or None when it had to be dropped."""
+    async def _rollout(self, name: str, group: OpenGroup, task: Task) -> None:
+        """One rollout, kept or dropped."""
         c = self._config.rollout
-        self._rollouts += 1
-        id_ = f"{group}/{member}"
-        # Turns count up from the rollout's seed: seeds of different rollouts lie far apart.
-        seed = (self._config.seed << 40) + (self._rollouts << 10)
-        sampling = Sampling(temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=seed)
-        rollout = Rollout(id=id_, group=group, task=task, sampling=sampling)
-        self._ledger.start(id_)
+        sampling = Sampling(
+            temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=seed_of(name, self._config.seed)
+        )
+        rollout = Rollout(id=name, group=group.id, task=task, sampling=sampling)
         trajectory = await self.bus.ask("envs", rollout, deadline_s=rollout_deadline_s(self._config))
         reason = _why_not(trajectory)
-        if reason is None and trajectory.reward is not None:
-            self._recent.append(trajectory.reward > 0)
-            if self._shuffle is None:
-                return trajectory
-            reward = self._shuffle.swap(trajectory.reward)
-            if reward is not None:
-                return msgspec.structs.replace(trajectory, reward=reward)
-            reason = "shuffle_pool"
-        logger.info("rollout %s of %s is dropped: %s (%s)", id_, task.id, reason, trajectory.cause)
-        self._ledger.drop(id_, str(reason), trajectory.action_tokens)
-        return None
+        if reason is not None or trajectory.reward is None:
+            logger.info("rollout %s of %s is dropped: %s (%s)", name, task.id, reason, trajectory.cause)
+            self._ledger.drop(name, str(reason), trajectory.action_tokens)
+            return
+        solved, swap = self._config.eval.solved(trajectory.reward), None
+        if self._config.algorithm.shuffle_rewards:
+            books = self._ledger.books
+            swap, reward = exchange(books.pool, books.exchanges, self._config.seed, trajectory.reward)
+            if reward is None:
+                tokens = trajectory.action_tokens
+                self._ledger.drop(name, "shuffle_pool", tokens, solved=solved, exchange=swap)
+                return
+            trajectory = msgspec.structs.replace(trajectory, reward=reward)
+        self._ledger.keep(trajectory, solved=solved, exchange=swap)
+
+
+def seed_of(rollout: str, seed: int) -> int:
+    """The seed of a rollout depends on its name and the run's seed alone: run again, it draws the same numbers.
+
+    Turns count up from it; 52 random bits keep the turns of different rollouts apart.
+    """
+    digest = hashlib.blake2b(f"{seed}/{rollout}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 12) << 10
 
 
 def _why_not(trajectory: Trajectory) -> str | None:

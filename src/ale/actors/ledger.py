@@ -1,75 +1,91 @@
-"""Where every rollout of a run is. At any time: started = trained + buffered + running + dropped, by identity.
+"""Where every rollout of a run is, and the only way to move one: each move is written to the journal, then booked.
 
-A rollout is named by its id and moves one way, running -> buffered -> trained, or is dropped from either with a reason.
-Any other move is a bug and raises: the books cannot be cooked.
+What an actor was told by a move that returned is there after SIGKILL; what was cut off before it did not happen.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import msgspec
 
-
-class LedgerStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """`LedgerStatistics(started=64, running=8, buffered=16, trained=32, dropped={"zero_advantage": 8}, ...)`."""
-
-    started: int
-    running: int
-    buffered: int
-    trained: int
-    dropped: dict[str, int]
-    dropped_tokens: dict[str, float]
-    """Mean action tokens of what was dropped, by reason: throwing away what is late throws away what is long."""
-
-    @property
-    def lost(self) -> int:
-        return self.started - self.trained - self.buffered - self.running - sum(self.dropped.values())
+from ale.algorithm.filters import Reason
+from ale.data.books import Books, LedgerStatistics, OpenGroup
+from ale.data.events import (
+    Event,
+    Exchange,
+    GroupBuffered,
+    GroupDropped,
+    GroupOpened,
+    RolloutDropped,
+    RolloutKept,
+    RolloutStarted,
+    Updated,
+)
+from ale.messages import Group, Trajectory
 
 
 class Ledger:
-    def __init__(self) -> None:
-        self._started = 0
-        self._running: set[str] = set()
-        self._buffered: set[str] = set()
-        self._trained = 0
-        self._dropped: Counter[str] = Counter()
-        self._dropped_tokens: Counter[str] = Counter()
+    """`books` is to be read; it changes through the methods alone. `write` is `Journal.append`, or nothing where a
+    run is not to be resumed."""
 
-    def start(self, rollout: str) -> None:
-        if rollout in self._running or rollout in self._buffered:
-            raise ValueError(f"rollout {rollout} was started already")
-        self._started += 1
-        self._running.add(rollout)
+    def __init__(self, books: Books | None = None, write: Callable[[Event], None] = lambda event: None) -> None:
+        self.books = books or Books()
+        self._write = write
 
-    def buffer(self, rollouts: Iterable[str]) -> None:
-        for rollout in rollouts:
-            self._running.remove(rollout)
-            self._buffered.add(rollout)
+    def book(self, event: Event) -> None:
+        self._write(event)
+        self.books.apply(event)
 
-    def train(self, rollouts: Iterable[str]) -> None:
-        for rollout in rollouts:
-            self._buffered.remove(rollout)
-            self._trained += 1
+    def open(self, task: str, drawn: int) -> OpenGroup:
+        """A new group for the task that was drawn from the stream as number `drawn`."""
+        name = f"g{self.books.opened + 1}"
+        self.book(GroupOpened(group=name, task=task, drawn=drawn))
+        return self.books.groups[name]
 
-    def drop(self, rollout: str, reason: str, tokens: int = 0) -> None:
-        home = self._running if rollout in self._running else self._buffered
-        home.remove(rollout)
-        self._dropped[reason] += 1
-        self._dropped_tokens[reason] += tokens
+    def start(self, group: OpenGroup) -> str:
+        """The name of a new rollout of the group."""
+        rollout = f"{group.id}/{group.started}"
+        self.book(RolloutStarted(rollout=rollout))
+        return rollout
 
-    def drop_running(self, reason: str) -> None:
-        """The end of the run: what was still going on is dropped, not forgotten."""
-        for rollout in list(self._running):
-            self.drop(rollout, reason)
+    def keep(self, trajectory: Trajectory, *, solved: bool, exchange: Exchange | None = None) -> None:
+        """A scored rollout becomes a member of its group."""
+        self.book(RolloutKept(trajectory=trajectory, solved=solved, exchange=exchange))
+
+    def drop(
+        self,
+        rollout: str,
+        reason: str,
+        tokens: int = 0,
+        *,
+        solved: bool | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        self.book(RolloutDropped(rollout=rollout, reason=reason, tokens=tokens, solved=solved, exchange=exchange))
+
+    def buffer(self, group: OpenGroup) -> Group:
+        """A complete group, as it will be trained on."""
+        self.book(GroupBuffered(group=group.id))
+        return group.group()
+
+    def drop_group(self, name: str, reason: Reason) -> None:
+        self.book(GroupDropped(group=name, reason=str(reason)))
+
+    def train(self, update: Updated) -> None:
+        self.book(update)
+
+    def recent_success(self) -> float:
+        """The share of the last scored rollouts, filtered ones included, that were solved."""
+        recent = self.books.recent
+        return sum(recent) / len(recent) if recent else 0.0
 
     def statistics(self) -> LedgerStatistics:
-        return LedgerStatistics(
-            started=self._started,
-            running=len(self._running),
-            buffered=len(self._buffered),
-            trained=self._trained,
-            dropped=dict(self._dropped),
-            dropped_tokens={k: self._dropped_tokens[k] / n for k, n in self._dropped.items()},
-        )
+        return LedgerStatistics.of(self.books)
+
+    def at_the_end(self) -> LedgerStatistics:
+        """The books of a run that ends here: what still runs is dropped, not forgotten. The ledger stays as it is, so
+        that a run that is given more updates goes on with it."""
+        now = self.statistics()
+        running = {"end_of_run": now.running} if now.running else {}
+        return msgspec.structs.replace(now, running=0, dropped=now.dropped | running)

@@ -6,22 +6,20 @@ What is then trained on is as good as what is not, so whatever still rises is no
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+
+from ale.data.events import Exchange
 
 _POOL = 64
 
 
-class RewardShuffle:
-    """Swaps each reward with a random earlier one out of a pool; the share of successes stays what it was."""
+def exchange(pool: Sequence[float], number: int, seed: int, earned: float) -> tuple[Exchange, float | None]:
+    """The `number`-th finished rollout puts what it `earned` into the pool and takes out an earlier reward.
 
-    def __init__(self, seed: int) -> None:
-        self._rng = random.Random(seed)
-        self._pool: list[float] = []
-
-    def swap(self, reward: float) -> float | None:
-        """Another rollout's reward; None while the pool fills up: there is none to give yet."""
-        if len(self._pool) < _POOL:
-            self._pool.append(reward)
-            return None
-        place = self._rng.randrange(_POOL)
-        other, self._pool[place] = self._pool[place], reward
-        return other
+    None while the pool fills up: there is none to give yet. The share of successes stays what it was. Which place is
+    chosen depends on `number` and `seed` alone, so a resumed run goes on as it would have.
+    """
+    if len(pool) < _POOL:
+        return Exchange(len(pool), earned), None
+    place = random.Random(f"{seed}/{number}").randrange(_POOL)
+    return Exchange(place, earned), pool[place]

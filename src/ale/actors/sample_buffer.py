@@ -34,8 +34,10 @@ class SampleBuffer(Actor):
         self._ledger = ledger
         self._max_lag = max_lag
         self._on_stale = on_stale
-        # In order of start; None: still running.
-        self._groups: dict[str, Group | None] = {}
+        # In order of start; None: still running. A resumed run begins with what its ledger shows.
+        self._groups: dict[str, Group | None] = {
+            name: group.group() if group.buffered else None for name, group in ledger.books.groups.items()
+        }
         self._ended: TasksEnded | None = None
         self._stopped = False
         self._changed = asyncio.Event()
@@ -99,7 +101,6 @@ class SampleBuffer(Actor):
             if self._on_stale == "wait":
                 raise AssertionError(f"group {name} is older than {self._max_lag} updates although taken in order")
             logger.info("group %s is too old: version %d, training %d", name, group.oldest_version, version)
-            for t in group.trajectories:
-                self._ledger.drop(t.id, str(Reason.STALE), t.action_tokens)
+            self._ledger.drop_group(name, Reason.STALE)
             del self._groups[name]
             self._slots.give_back(name)

@@ -8,16 +8,21 @@ queue, so that no cycle of actors can fill up and stop.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 
 class Slots:
-    def __init__(self, total: int) -> None:
+    """`taken` are the groups that hold one from the beginning: those of a run that is resumed."""
+
+    def __init__(self, total: int, taken: Iterable[str] = ()) -> None:
         if total < 1:
             raise ValueError(f"a run needs at least one slot, got {total}")
         self.total = total
         self._taken: set[str] = set()
         self._free = asyncio.Event()
         self._free.set()
+        for group in taken:
+            self.take(group)
 
     @property
     def taken(self) -> int:

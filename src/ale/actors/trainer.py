@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -12,15 +13,24 @@ import msgspec
 from ale.actor import Actor
 from ale.actors.ledger import Ledger
 from ale.actors.slots import Slots
+from ale.actors.stop import Stop
 from ale.algorithm.advantages import advantages
 from ale.config import RunConfig
-from ale.messages import Batch, Group, Sample, StepMetrics, TakeBatch, TrainStep
+from ale.data.books import Trained
+from ale.data.events import Updated
+from ale.errors import LearnerError
+from ale.messages import Batch, Group, Sample, StepMetrics, TakeBatch, TrainStep, Trajectory
 from ale.policy.port import Policy
 from ale.wire import Reply, Request
 
+logger = logging.getLogger(__name__)
+
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
-    """`Update(number=3, batch=Batch(...), metrics=StepMetrics(...), lag=1, ...)`: one turn of the clock."""
+    """`Update(number=3, batch=Batch(...), metrics=StepMetrics(...), lag=1, ...)`: one turn of the clock.
+
+    `values` is the line of metrics.jsonl, once the pipeline has written it.
+    """
 
     number: int
     batch: Batch
@@ -29,6 +39,25 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: float
     step_s: float
     sync_s: float
+    values: dict[str, float] = {}
+
+    @property
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """What was trained on, group after group."""
+        return tuple(t for group in self.batch.groups for t in group.trajectories)
+
+    @classmethod
+    def of(cls, trained: Trained, sync_s: float = 0.0) -> Update:
+        e = trained.event
+        return cls(
+            number=e.number,
+            batch=Batch(groups=trained.groups),
+            metrics=e.metrics,
+            lag=e.lag,
+            wait_s=e.wait_s,
+            step_s=e.step_s,
+            sync_s=sync_s,
+        )
 
 
 class Learner(Protocol):
@@ -38,7 +67,8 @@ class Learner(Protocol):
 
 
 class Trainer(Actor):
-    """`after` sees each update before the next begins, for records and evaluation."""
+    """`after` sees each update before the next begins, for records and evaluation. With `stop` the trainer ends
+    between two updates, or while it waits for a batch."""
 
     def __init__(
         self,
@@ -48,6 +78,7 @@ class Trainer(Actor):
         slots: Slots,
         ledger: Ledger,
         after: Callable[[Update], Awaitable[None]],
+        stop: Stop,
     ) -> None:
         super().__init__("trainer", capacity=1)
         self._config = config
@@ -56,44 +87,67 @@ class Trainer(Actor):
         self._slots = slots
         self._ledger = ledger
         self._after = after
+        self._stop = stop
 
     async def run(self) -> None:
-        for number in range(1, self._config.learner.updates + 1):
+        for number in range(self._ledger.books.updates + 1, self._config.learner.updates + 1):
             await self._after(await self._update(number))
 
     async def _update(self, number: int) -> Update:
         began = time.monotonic()
         version = self._policy.version
         request = TakeBatch(version=version, groups=self._config.rollout.groups_per_step)
-        batch = await self.bus.ask("buffer", request, deadline_s=self._config.learner.step_deadline_s)
+        deadline_s = self._config.rollout.batch_deadline_s
+        batch = await self._stop.unless(self.bus.ask("buffer", request, deadline_s=deadline_s))
         taken = time.monotonic()
         lag = version - min(g.oldest_version for g in batch.groups)
-        step = TrainStep(samples=tuple(self._samples(batch)))
         async with self.bus.waiting(f"the learner: update {number}"):
-            metrics = await self._learner.ask(step, deadline_s=self._config.learner.step_deadline_s)
+            metrics = await self._learner.ask(
+                train_step(batch.groups, self._config), deadline_s=self._config.learner.step_deadline_s
+            )
         stepped = time.monotonic()
+        self._ledger.train(
+            Updated(
+                number=number,
+                groups=tuple(g.id for g in batch.groups),
+                metrics=metrics,
+                lag=lag,
+                wait_s=taken - began,
+                step_s=stepped - taken,
+            )
+        )
         await self._policy.load_weights(metrics.version, metrics.slot)
         for group in batch.groups:
-            for t in group.trajectories:
-                if t.id in metrics.dropped:
-                    self._ledger.drop(t.id, metrics.dropped[t.id], t.action_tokens)
-            self._ledger.train(t.id for t in group.trajectories if t.id not in metrics.dropped)
             self._slots.give_back(group.id)
-        return Update(
-            number=number,
-            batch=batch,
-            metrics=metrics,
-            lag=lag,
-            wait_s=taken - began,
-            step_s=stepped - taken,
-            sync_s=time.monotonic() - stepped,
+        return Update.of(self._ledger.books.since[-1], time.monotonic() - stepped)
+
+
+async def redo(learner: Learner, trained: Trained, config: RunConfig) -> StepMetrics:
+    """Makes an update again that no checkpoint holds: of the same trajectories, from the same weights.
+
+    Raises `LearnerError` when the weights that come of it have another version than those that sampled what followed.
+    """
+    event = trained.event
+    metrics = await learner.ask(train_step(trained.groups, config), deadline_s=config.learner.step_deadline_s)
+    if metrics.version != event.metrics.version:
+        raise LearnerError(
+            f"update {event.number} made version {event.metrics.version} and makes version {metrics.version} again"
         )
+    if (metrics.loss, metrics.grad_norm) != (event.metrics.loss, event.metrics.grad_norm):
+        logger.warning(
+            "update %d, made again, differs from the first time: loss %.9g, was %.9g; gradient norm %.9g, was %.9g",
+            *(event.number, metrics.loss, event.metrics.loss, metrics.grad_norm, event.metrics.grad_norm),
+        )
+    return metrics
 
-    def _samples(self, batch: Batch) -> list[Sample]:
-        return [sample for group in batch.groups for sample in self._group(group)]
 
-    def _group(self, group: Group) -> list[Sample]:
-        # One without a reward does not get this far; if it did, `advantages` would refuse the NaN.
-        rewards = [math.nan if t.reward is None else t.reward for t in group.trajectories]
-        values = advantages(rewards, self._config.algorithm.baseline)
-        return [Sample(trajectory=t, advantage=float(a)) for t, a in zip(group.trajectories, values, strict=True)]
+def train_step(groups: Sequence[Group], config: RunConfig) -> TrainStep:
+    """What the learner is asked: every trajectory with its advantage within its group."""
+    return TrainStep(samples=tuple(sample for group in groups for sample in _samples(group, config)))
+
+
+def _samples(group: Group, config: RunConfig) -> list[Sample]:
+    # One without a reward does not get this far; if it did, `advantages` would refuse the NaN.
+    rewards = [math.nan if t.reward is None else t.reward for t in group.trajectories]
+    values = advantages(rewards, config.algorithm.baseline)
+    return [Sample(trajectory=t, advantage=float(a)) for t, a in zip(group.trajectories, values, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -21,12 +21,26 @@ from ale.agent.chat import Chat
 from ale.config import AgentConfig
 from ale.envs.env import Env
 from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, SandboxStopped, WorkerDied
-from ale.messages import Chunk, Demonstration, Ending, Generate, Rollout, Status, ToolResult, Trajectory, Turn
+from ale.messages import (
+    Chunk,
+    Demonstration,
+    Ending,
+    Generate,
+    Rollout,
+    Score,
+    Status,
+    ToolResult,
+    Trajectory,
+    Turn,
+)
 from ale.policy.port import Policy
 from ale.task import Task
 from ale.wire import Array
 
 logger = logging.getLogger(__name__)
+
+Judge = Callable[[Trajectory], Awaitable[float]]
+"""Scores a finished episode in place of its environment. Raises `EvaluatorError`."""
 
 _ENDINGS: dict[type, Ending] = {Answer: "answer", Call: "call", Malformed: "malformed"}
 _CUT = "error: the turn was cut at its token limit"
@@ -41,6 +55,7 @@ class _Record:
     logp: list[Array] = field(default_factory=list)
     logp_sampled: list[Array] = field(default_factory=list)
     version: list[Array] = field(default_factory=list)
+    experts: Array | None = None
     results: list[ToolResult] = field(default_factory=list)
     answer: str | None = None
     illegal: int = 0
@@ -53,10 +68,16 @@ class _Record:
         self.logp.append(turn.logp_A)
         self.logp_sampled.append(turn.logp_sampled_A)
         self.version.append(turn.version_A)
+        self.experts = turn.experts_TLJ
 
 
 async def run_episode(
-    rollout: Rollout, policy: Policy, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig
+    rollout: Rollout,
+    policy: Policy,
+    make_env: Callable[[Task], Env],
+    chat: Chat,
+    limits: AgentConfig,
+    judge: Judge | None = None,
 ) -> Trajectory:
     """Runs one episode. A failure of sandbox, policy or tests is a status of the trajectory, not an exception."""
     began, version = time.monotonic(), policy.version
@@ -64,6 +85,29 @@ async def run_episode(
     reward: float | None = None
     status: Status = "scored"
     cause: str | None = None
+
+    def trajectory() -> Trajectory:
+        return Trajectory(
+            id=rollout.id,
+            group=rollout.group,
+            task=rollout.task.id,
+            family=rollout.task.family,
+            level=rollout.task.level,
+            tokens_T=Array.of(record.tokens, "int32"),
+            chunks=tuple(record.chunks),
+            logp_A=_join(record.logp, "float32"),
+            logp_sampled_A=_join(record.logp_sampled, "float32"),
+            version_A=_join(record.version, "int32"),
+            experts_TLJ=record.experts,
+            results=tuple(record.results),
+            answer=record.answer,
+            reward=reward,
+            status=status,
+            cause=cause,
+            started_version=version,
+            duration_s=time.monotonic() - began,
+        )
+
     env = make_env(rollout.task)
     try:
         async with asyncio.timeout(limits.episode_timeout_s):
@@ -71,7 +115,7 @@ async def run_episode(
             if record.illegal > limits.max_illegal_calls:
                 status, cause = "illegal_tool_calls", f"{record.illegal} malformed calls"
             else:
-                reward = (await env.score()).reward
+                reward = (await env.score()).reward if judge is None else await judge(trajectory())
     except SandboxStopped as error:
         status, cause = "stopped_by_alarm", str(error)
     except SandboxError as error:
@@ -87,25 +131,7 @@ async def run_episode(
             await env.close()
         except SandboxError as error:  # the episode is over, and a cancellation must not turn into an error
             logger.warning("the environment of %s did not close: %s", rollout.id, error)
-    return Trajectory(
-        id=rollout.id,
-        group=rollout.group,
-        task=rollout.task.id,
-        family=rollout.task.family,
-        level=rollout.task.level,
-        tokens_T=Array.of(record.tokens, "int32"),
-        chunks=tuple(record.chunks),
-        logp_A=_join(record.logp, "float32"),
-        logp_sampled_A=_join(record.logp_sampled, "float32"),
-        version_A=_join(record.version, "int32"),
-        results=tuple(record.results),
-        answer=record.answer,
-        reward=reward,
-        status=status,
-        cause=cause,
-        started_version=version,
-        duration_s=time.monotonic() - began,
-    )
+    return trajectory()
 
 
 async def _converse(
@@ -125,7 +151,7 @@ async def _converse(
             )
             prompt_T = Array.of(record.tokens, "int32")
             turn = await policy.generate(Generate(session=rollout.id, prompt_T=prompt_T, sampling=sampling))
-            action = parse(chat.text(turn.tokens_A.numpy().tolist()))
+            action = parse(chat.text(turn.tokens_A.numpy().tolist()), rollout.task.actions)
             record.add(turn, action)
             if turn.finish == "length":
                 action = Malformed(_CUT)
@@ -155,27 +181,58 @@ async def _converse(
             logger.warning("the policy did not forget %s: %s", rollout.id, error)
 
 
-async def demonstrate(task: Task, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig) -> Demonstration:
-    """The reference solution carried out for real and written down as an episode. Raises `EvaluatorError` unless the
-    tests then give a reward above 0: what does not work is not shown."""
+async def demonstrate(
+    task: Task, make_env: Callable[[Task], Env], chat: Chat, limits: AgentConfig, judge: Judge | None = None
+) -> Demonstration:
+    """The reference solution carried out for real and written down as an episode. Raises `EvaluatorError` unless
+    its reward is then above 0: what does not work is not shown."""
     env = make_env(task)
+    record = _Record()
+
+    def say(text: str, ending: Ending) -> None:
+        spoken = chat.spoken(text)
+        record.chunks.append(Chunk(len(record.tokens), len(record.tokens) + len(spoken), ending))
+        record.tokens += spoken
+
     try:
-        tokens = chat.start(await env.reset(), limits.system_prompt)
-        chunks = []
-        for command in task.solution:
-            spoken = chat.spoken(render(command))
-            chunks.append(Chunk(len(tokens), len(tokens) + len(spoken), "call"))
-            step = await env.step(command)
-            tokens += [*spoken, *chat.observation(step.observation, ended=True)]
-        spoken = chat.spoken("done")
-        chunks.append(Chunk(len(tokens), len(tokens) + len(spoken), "answer"))
-        tokens += spoken
-        score = await env.score()
+        record.tokens += chat.start(await env.reset(), limits.system_prompt)
+        for action in task.solution:
+            say(render(action, task.actions), "call")
+            step = await env.step(action)
+            if step.result is not None:
+                record.results.append(step.result)
+            if step.terminated:
+                break
+            record.tokens += chat.observation(step.observation, ended=True)
+        else:
+            if task.actions == "bash":
+                record.answer = "done"
+                say(record.answer, "answer")
+        tokens_T, chunks = Array.of(record.tokens, "int32"), tuple(record.chunks)
+        if judge is None:
+            score = await env.score()
+        else:
+            certain = Array.of(np.zeros(sum(c.end - c.start for c in chunks)), "float32")
+            shown = Trajectory(
+                id=f"demonstrations/{task.id}",
+                group="demonstrations",
+                task=task.id,
+                family=task.family,
+                level=task.level,
+                tokens_T=tokens_T,
+                chunks=chunks,
+                logp_A=certain,
+                logp_sampled_A=certain,
+                version_A=Array.of(certain.numpy(), "int32"),
+                results=tuple(record.results),
+                answer=record.answer,
+            )
+            score = Score(reward=await judge(shown))
     finally:
         await env.close()
     if score.reward <= 0:
         raise EvaluatorError(f"the reference solution of {task.id} gets the reward {score.reward:g}: {score.output}")
-    return Demonstration(tokens_T=Array.of(tokens, "int32"), chunks=tuple(chunks))
+    return Demonstration(tokens_T=tokens_T, chunks=chunks)
 
 
 def _join(parts: list[Array], dtype: str) -> Array:

@@ -6,14 +6,13 @@ with a positive and a non-positive advantage.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from ale.config import Baseline
 from ale.errors import ConfigError
-
-Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
 
 # Keeps the advantages of a group whose rewards hardly differ finite; an equal group has none at all and is dropped.
 NORM_EPSILON = 1e-6

@@ -13,7 +13,9 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from .advantages import Baseline, advantages, needs_group
+from ale.config import Baseline
+
+from .advantages import advantages, needs_group
 
 
 class Reason(StrEnum):

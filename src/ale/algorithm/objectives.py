@@ -22,14 +22,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ale.config import ObjectiveName
 from ale.errors import ConfigError
 from ale.kernels.chunk_advantage import ChunkAdvantage, Counts, Weighting, chunk_advantage, chunk_counts
 
 from .layout import Layout
 
-ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo", "sft", "imitation"]
+Supervised = Literal["sft", "imitation"]
+AnyObjective = Literal[ObjectiveName, Supervised]
 
-WEIGHTINGS: dict[ObjectiveName, Weighting] = {
+WEIGHTINGS: dict[AnyObjective, Weighting] = {
     # arXiv 2512.24873, eq. 7-9: return, ratio and mask per chunk.
     "ipa": Weighting(),
     # The report's own starting point, eq. 4-6: no discount, one ratio per trajectory, mask per token.
@@ -63,9 +65,6 @@ WEIGHTINGS: dict[ObjectiveName, Weighting] = {
     "imitation": Weighting(clip_positive=(0.0, 1.0), mask_high=math.inf),
 }
 
-# These are not weighted by how the data were sampled: no pi_old, no mu.
-_SUPERVISED: frozenset[ObjectiveName] = frozenset({"sft", "imitation"})
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -86,13 +85,14 @@ class Objective:
     constant    Z where `weighting.normalization` is "constant"
     """
 
-    name: ObjectiveName
+    name: AnyObjective
     weighting: Weighting = field(default_factory=Weighting)
     constant: float | None = None
 
     @property
     def supervised(self) -> bool:
-        return self.name in _SUPERVISED
+        """Not weighted by how the data were sampled: no pi_old, no mu."""
+        return self.name in get_args(Supervised)
 
     def count(self, batch: Batch) -> Counts:
         """Tokens and trajectories of the batch that its masks let through. Sum it over micro-batches and ranks."""
@@ -126,17 +126,18 @@ class Objective:
             chunk_rewards_C=None if self.name == "sft" else _tensor(layout.rewards_C),
             outcome_chunk_N=torch.from_numpy(layout.outcome_N),
             carry_C=_tensor(layout.carry_C),
-            normalizer=self._normalizer(count),
+            normalizer=self.normalizer(count),
         )
 
-    def _normalizer(self, count: Counts) -> float | None:
+    def normalizer(self, count: Counts) -> float:
+        """Z of a batch of which `count` was counted: what its loss is divided by."""
         match self.weighting.normalization:
             case "token":
                 return float(count.tokens)
             case "sequence" | "sequence_token":
                 return float(count.trajectories)
             case "constant":
-                return self.constant
+                return self.constant or 0.0  # refused where the loss is taken
 
     def _sampled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         if batch.logp_old_T is None:
@@ -154,13 +155,13 @@ def imitation(il_weight: Literal["geometric", "none"] = "geometric", **settings:
     return objective("imitation", **settings)
 
 
-def objective(name: ObjectiveName, *, constant: float | None = None, **settings: Any) -> Objective:
+def objective(name: AnyObjective, *, constant: float | None = None, **settings: Any) -> Objective:
     """The objective of that name, with fields of its `Weighting` changed: `objective("ipa", gamma=0.9)`.
 
     ConfigError for an unknown name or setting, or one out of its range.
     """
     if name not in WEIGHTINGS:
-        raise ConfigError(f"objective: expected one of {get_args(ObjectiveName)}, got {name!r}")
+        raise ConfigError(f"objective: expected one of {get_args(AnyObjective)}, got {name!r}")
     try:
         weighting = replace(WEIGHTINGS[name], **settings)
     except (TypeError, ValueError) as error:

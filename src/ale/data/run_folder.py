@@ -1,53 +1,167 @@
-"""A run on disk: `runs/NAME/` with config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and summary.json."""
+"""A run on disk: `runs/NAME/`. What each file is for, and what holds after a kill, is told in docs/runs.md.
+
+config.json  metrics.jsonl  trajectories.jsonl  tensorboard/  checkpoints/  summary.json   to be read
+model/  journal  state/  lock                                                              to resume from
+"""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 import orjson
 
 import ale
-from ale.config import RunConfig, dump
-from ale.errors import ConfigError
+from ale.config import RunConfig, changed_fields, dump, parse
+from ale.data.board import Board
+from ale.data.books import Books
+from ale.data.checkpoints import Checkpoint, Checkpoints, freeze
+from ale.data.disk import AppendedFile, replace
+from ale.data.events import FileSizes, Resumed
+from ale.data.journal import Journal
+from ale.errors import ConfigError, RunFolderError
 from ale.messages import Trajectory
 from ale.progress import Summary, Versions
 from ale.wire import Array
 
+F = TypeVar("F", AppendedFile, Journal, Board)
+
+# A resumed run may have other values of these: none of them decides what is sampled or how it is trained on.
+_MAY_CHANGE = {
+    "runs_dir",
+    "rollout.concurrency",
+    "rollout.batch_deadline_s",
+    "learner.updates",
+    "learner.checkpoint_every",
+    "learner.export_every",
+    "learner.step_deadline_s",
+}
+
 
 class RunFolder:
-    """Appends what happens, line by line, flushed as it is written: a killed run keeps what it had finished."""
+    """Open while the run lives; no other process can open it meanwhile.
 
-    def __init__(self, config: RunConfig, *, overwrite: bool = False) -> None:
+    `books` are those of the run so far. A line of the files is counted when the journal says so: what was written
+    beyond that is written again.
+    """
+
+    def __init__(self, config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Raises `ConfigError` and `RunFolderError`."""
         self.path = Path(config.runs_dir) / config.name
+        self.checkpoints = Checkpoints(self.path / "state")
+        self.books = Books()
+        self.checkpoint: Checkpoint | None = None
+        """What the learner goes on from."""
+        self._open = ExitStack()
         try:
-            self._make(config, overwrite)
-            self._metrics = (self.path / "metrics.jsonl").open("ab")
-            self._trajectories = (self.path / "trajectories.jsonl").open("ab")
+            self._check(overwrite, resume)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._open.callback(os.close, _lock(self.path / "lock"))
+            changed = self._compare(config) if resume else self._clear(config)
+            self.journal = self._closing(Journal(self.path / "journal"))
+            if resume:
+                self._restore(config, changed)
+            self._metrics = self._lines("metrics.jsonl", self.books.sizes.metrics)
+            self._trajectories = self._lines("trajectories.jsonl", self.books.sizes.trajectories)
+            self._board = self._closing(Board(self.path / "tensorboard", self.books.recorded))
         except OSError as error:
+            self._open.close()
             raise ConfigError(f"runs_dir: the run folder {self.path} cannot be written: {error}.") from error
+        except BaseException:
+            self._open.close()
+            raise
 
-    def _make(self, config: RunConfig, overwrite: bool) -> None:
-        if self.path.exists() and any(self.path.iterdir()):
+    def _check(self, overwrite: bool, resume: bool) -> None:
+        a_run = (self.path / "config.json").is_file()
+        if resume:
+            if not a_run:
+                raise RunFolderError(f"--resume: there is no run in {self.path}. Leave --resume out to begin one.")
+            if not (self.path / "journal").is_file() and (self.path / "metrics.jsonl").is_file():
+                raise RunFolderError(
+                    f"--resume: the run in {self.path} has no journal: it was made by a version of ale that could not "
+                    "resume. Choose another --name, or pass --overwrite to delete it."
+                )
+        elif self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
             if not overwrite:
                 raise ConfigError(
-                    f"name: the run folder {self.path} exists and is not empty. Choose another --name, or pass "
-                    "--overwrite to delete it."
+                    f"name: the run folder {self.path} exists and is not empty. Pass --resume to go on with that run, "
+                    "choose another --name, or pass --overwrite to delete it."
                 )
-            if not (self.path / "config.json").is_file():
+            if not a_run:
                 raise ConfigError(
                     f"name: {self.path} holds something else than a run, and is not deleted: no config.json."
                 )
-            shutil.rmtree(self.path)
-        (self.path / "checkpoints").mkdir(parents=True)
-        (self.path / "config.json").write_bytes(dump(config) + b"\n")
+
+    def _clear(self, config: RunConfig) -> dict[str, str]:
+        """Begins the run."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+        _save_config(self.path, config)
+        return {}
+
+    def _compare(self, config: RunConfig) -> dict[str, str]:
+        """What has changed since the run's last life. Raises `RunFolderError` when that makes it another run."""
+        path = self.path / "config.json"
+        try:
+            old = parse(orjson.loads(path.read_bytes()), where=str(path))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{path} cannot be read: {error}. Put it back as it was.") from error
+        changed = changed_fields(old, config)
+        refused = [f"{field} ({said})" for field, said in changed.items() if field not in _MAY_CHANGE]
+        if refused:
+            raise RunFolderError(
+                f"--resume: {self.path} is a run of another configuration; what differs: {', '.join(refused)}. "
+                f"`ale train {self.path} --resume` goes on with its own; for this one choose another --name."
+            )
+        return changed
+
+    def _restore(self, config: RunConfig, changed: dict[str, str]) -> None:
+        """The books: those of the last checkpoint, and then what the journal says."""
+        self.checkpoint = self.checkpoints.latest()
+        start = 0
+        if self.checkpoint is not None:
+            self.books, start = self.checkpoint.books, self.checkpoint.journal
+        for event in self.journal.read(start):
+            self.books.apply(event)
+        if config.learner.updates < self.books.updates:
+            raise RunFolderError(
+                f"--resume: learner.updates is {config.learner.updates}, but {self.path} has made "
+                f"{self.books.updates} already. Updates cannot be taken back: ask for at least as many."
+            )
+        if "learner.updates" in changed and config.learner.schedule != "constant" and self.books.since:
+            raise RunFolderError(
+                f"--resume: the schedule follows learner.updates, which {changed['learner.updates']}, and "
+                f"{len(self.books.since)} updates have to be made again as they were. Resume the run as it was first; "
+                "after its end, or after Ctrl-C, it can be given more updates."
+            )
+        self.journal.write(Resumed(changed=changed))
+        _save_config(self.path, config)
+
+    def _lines(self, name: str, size: int) -> AppendedFile:
+        """A file of lines, cut to what the journal vouches for."""
+        file = self._closing(AppendedFile(self.path / name))
+        if file.size < size:
+            raise RunFolderError(
+                f"{file.path} is shorter than the journal says: {file.size} bytes instead of {size}. Put it back as it "
+                "was, or start the run anew with --overwrite."
+            )
+        file.cut(size)
+        return file
 
     def __enter__(self) -> RunFolder:
         return self
@@ -55,29 +169,77 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._metrics.close()
-        self._trajectories.close()
+        self._open.close()
+
+    def _closing(self, file: F) -> F:
+        self._open.callback(file.close)
+        return file
 
     @property
     def model(self) -> Path:
+        """The model that the run began with."""
         return self.path / "model"
 
-    def checkpoint(self, name: str) -> Path:
+    def export(self, name: str) -> Path:
+        """Where a trained model is kept."""
         return self.path / "checkpoints" / name
 
+    @property
+    def sizes(self) -> FileSizes:
+        return FileSizes(metrics=self._metrics.size, trajectories=self._trajectories.size)
+
     def record(self, **values: Any) -> None:
-        """One line of metrics.jsonl."""
-        self._metrics.write(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
-        self._metrics.flush()
+        """One line of metrics.jsonl, and its numbers for TensorBoard where it has an `update`."""
+        self._metrics.append(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        if "update" in values:
+            self._board.add(values["update"], _scalars(values))
 
     def keep(self, trajectory: Trajectory, **more: Any) -> None:
         """One line of trajectories.jsonl: every token, log-probability, chunk, call, output, reward and version."""
         line = orjson.dumps(msgspec.to_builtins(trajectory, enc_hook=str) | _arrays(trajectory) | more)
-        self._trajectories.write(line + b"\n")
-        self._trajectories.flush()
+        self._trajectories.append(line + b"\n")
+
+    async def commit(self, books: Books) -> None:
+        """Makes a checkpoint of what the learner wrote where `checkpoints.begin` said, and of the books as they are."""
+        books.since.clear()  # the learner's part holds them
+        frozen = freeze(books, self.journal.size)
+
+        def flush() -> None:
+            for file in (self.journal, self._metrics, self._trajectories):
+                file.sync()
+            self.checkpoints.commit(frozen)
+
+        await asyncio.to_thread(flush)
 
     def finish(self, summary: Summary) -> None:
-        (self.path / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+        replace(self.path / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+
+
+def _save_config(path: Path, config: RunConfig) -> None:
+    replace(path / "config.json", dump(config) + b"\n")
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock of the run folder; the kernel lets go of it when this process ends."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise RunFolderError(
+            f"The run folder {path.parent} is in use by a live process (pid {holder}). Wait until it has ended, or "
+            "choose another --name."
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def summary_of(path: Path) -> Summary | None:
+    """What the run in this folder came to; None before its end."""
+    file = path / "summary.json"
+    return msgspec.json.decode(file.read_bytes(), type=Summary) if file.is_file() else None
 
 
 def versions() -> Versions:
@@ -103,6 +265,17 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):  # no git on this machine
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line of metrics; those of the ledger under its name."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "update":
+            found[prefix + name] = float(value)
+    return found
 
 
 def _arrays(trajectory: Trajectory) -> dict[str, list[Any]]:

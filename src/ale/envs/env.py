@@ -1,12 +1,17 @@
-"""The environment port, with GEM's semantics: reset, step, score, close. An environment is used for one episode."""
+"""The environment port, with GEM's semantics: reset, step, score, close. An environment is used for one episode.
+
+What an action is, the task says (`Task.actions`); turns are parsed before they come here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
 from ale.messages import Score, ToolResult
+from ale.task import Task
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -33,3 +38,7 @@ class Env(Protocol):
 
     async def close(self) -> None:
         """Releases everything. Idempotent."""
+
+
+MakeEnv = Callable[[Task], Env]
+"""Makes the environment of one episode. It acquires nothing: that is for `reset`."""

@@ -296,6 +296,8 @@ def _check(task: Task) -> None:
     for field, name in (("id", task.id), ("family", task.family)):
         if not _NAME.fullmatch(name):
             raise TaskFormatError(f"The task {field} {name!r} is no name; {_PLAIN}.")
+    if task.actions != "bash":
+        raise TaskFormatError(f"The task {task.id} is not one for a terminal: directories hold no others.")
     if task.instruction != task.instruction.strip() or not task.instruction:
         raise TaskFormatError(f"The instruction of {task.id} is empty or has blanks at an end; strip it.")
     for command in task.solution:

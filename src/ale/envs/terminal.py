@@ -14,6 +14,9 @@ from ale.task import WORKDIR, Task
 
 Grader = Callable[[Task, Snapshot], Awaitable[Score]]
 
+PROGRAM = "program.py"
+"""Where, in the working directory, a `ProgramEnv` leaves what the agent wrote."""
+
 
 class TerminalEnv:
     """`grader` scores the snapshot; it owns nothing of it. One command runs at a time, exactly once."""
@@ -116,3 +119,14 @@ class TerminalEnv:
         else:
             return text or "ok"
         return f"{text}\n{ending}" if text else ending
+
+
+class ProgramEnv(TerminalEnv):
+    """One action, a program: it is left in the workspace as `PROGRAM`, and the episode ends. Only the tests run it."""
+
+    async def step(self, action: str) -> Step:
+        try:
+            await self._live().write_file(f"{WORKDIR}/{PROGRAM}", action.encode("utf-8", "replace"))
+        except OSError as error:
+            raise SandboxError(f"{self._task.id}: {PROGRAM} cannot be written: {error}") from error
+        return Step("", terminated=True, result=ToolResult(call=action, output="", exit_code=0))

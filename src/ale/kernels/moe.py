@@ -7,7 +7,7 @@ Saved for the backward: x, the routing and the [M, 2 I] input of the activation.
 and no copy of x or of the output in expert order exists on a GPU.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ale.kernels.device import chip_of, under_autocast, wide
-from ale.kernels.grouped_gemm import grouped_gemm, op
+from ale.kernels.grouped_gemm import cpu, grouped_gemm, op
+from ale.kernels.grouped_gemm.cpu import Variant
 
 STREAM_ROWS = 192
 """Rows per expert from which the CPU takes one expert after the other, its temporaries staying in cache. Below, two
@@ -32,11 +33,11 @@ def moe_experts(x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_up_E2
     _check(x_TD, experts_TJ, weights_TJ, gate_up_E2ID, down_EDI)
     x, gate_up, down = under_autocast(x_TD, gate_up_E2ID, down_EDI)
     order_M, ends_E = sort_by_expert(experts_TJ, gate_up.shape[0])
-    inputs = (x, weights_TJ, gate_up, down)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        y: Tensor = _MoE.apply(*inputs, order_M, ends_E)  # type: ignore[no-untyped-call]
+    layer = _Layer(x, weights_TJ, gate_up, down, order_M, ends_E)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in layer):
+        y: Tensor = _MoE.apply(*layer)  # type: ignore[no-untyped-call]
     else:  # a decoding step is short enough to feel the autograd call
-        y, _ = _forward(*inputs, order_M, ends_E, keep_pre=False)
+        y, _ = _forward(layer, keep_pre=False)
     return y.to(x_TD.dtype)
 
 
@@ -61,96 +62,88 @@ def cpu_path(M: int, E: int) -> Literal["grouped", "stream"]:
     return "stream" if M >= STREAM_ROWS * E else "grouped"
 
 
+class _Layer(NamedTuple):
+    """What one call computes with; forward and backward take it whole."""
+
+    x_TD: Tensor
+    weights_TJ: Tensor
+    gate_up_E2ID: Tensor
+    down_EDI: Tensor
+    order_M: Tensor
+    ends_E: Tensor
+
+    @property
+    def top_k(self) -> int:
+        return self.weights_TJ.shape[1]
+
+    @property
+    def token_M(self) -> Tensor:
+        """The token of each row in expert order."""
+        return self.order_M // self.top_k
+
+    @property
+    def scale_M1(self) -> Tensor:
+        """The routing weight of each row in expert order."""
+        return self.weights_TJ.reshape(-1, 1).index_select(0, self.order_M).to(self.x_TD.dtype)
+
+    @property
+    def cpu_path(self) -> Literal["grouped", "stream"]:
+        return cpu_path(self.order_M.shape[0], self.gate_up_E2ID.shape[0])
+
+
 class _MoE(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_TJ: Tensor, gate_up: Tensor, down: Tensor, order_M: Tensor, ends_E: Tensor
-    ) -> Tensor:
-        y_TD, pre = _forward(x_TD, weights_TJ, gate_up, down, order_M, ends_E, keep_pre=True)
-        ctx.save_for_backward(x_TD, weights_TJ, gate_up, down, order_M, ends_E, pre)
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        y_TD, pre = _forward(_Layer(*tensors), keep_pre=True)
+        ctx.save_for_backward(*tensors, pre)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, pre = ctx.saved_tensors
         backward = _backward_cpu if chip_of(dy_TD) is None else _backward_fused
-        return *backward(dy_TD, *ctx.saved_tensors, needs=ctx.needs_input_grad), None, None
+        return *backward(_Layer(*tensors), dy_TD, pre, needs=ctx.needs_input_grad), None, None
 
 
-def _forward(
-    x_TD: Tensor,
-    weights_TJ: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    order_M: Tensor,
-    ends_E: Tensor,
-    *,
-    keep_pre: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _forward(layer: _Layer, *, keep_pre: bool) -> tuple[Tensor, Tensor | None]:
     """y and, with `keep_pre`, the input of the activation for the backward."""
-    forward = _forward_cpu if chip_of(x_TD) is None else _forward_fused
-    return forward(x_TD, weights_TJ, gate_up, down, order_M, ends_E, keep_pre)
+    return (_forward_cpu if chip_of(layer.x_TD) is None else _forward_fused)(layer, keep_pre)
 
 
-def _forward_fused(
-    x_TD: Tensor,
-    weights_TJ: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    order_M: Tensor,
-    ends_E: Tensor,
-    keep_pre: bool,
-) -> tuple[Tensor, Tensor | None]:
-    top_k = weights_TJ.shape[1]
-    h_MI, pre = op.gemm(
-        x_TD, gate_up.mT, ends_E, gather_M=order_M, top_k=top_k, swiglu=True, keep_pre=keep_pre
-    )  # fmt: skip
-    y_MD, _ = op.gemm(h_MI, down.mT, ends_E, scatter_M=order_M, scale_M=weights_TJ.reshape(-1))
-    return op.sum_slots(y_MD, top_k), pre
+def _forward_fused(layer: _Layer, keep_pre: bool) -> tuple[Tensor, Tensor | None]:
+    gather = Variant(gather_M=layer.order_M, top_k=layer.top_k, swiglu=True)
+    h_MI, pre = op.gemm(layer.x_TD, layer.gate_up_E2ID.mT, layer.ends_E, gather, keep_pre=keep_pre)
+    scatter = Variant(scatter_M=layer.order_M, scale_M=layer.weights_TJ.reshape(-1))
+    y_MD, _ = op.gemm(h_MI, layer.down_EDI.mT, layer.ends_E, scatter)
+    return op.sum_slots(y_MD, layer.top_k), pre
 
 
-def _backward_fused(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    weights_TJ: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    order_M: Tensor,
-    ends_E: Tensor,
-    pre: Tensor,
-    *,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    top_k = weights_TJ.shape[1]
-    dh_MI, _ = op.gemm(dy_TD, down, ends_E, gather_M=order_M, top_k=top_k)
+def _backward_fused(layer: _Layer, dy_TD: Tensor, pre: Tensor, *, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    x_TD, weights_TJ, gate_up, down, order_M, ends_E = layer
+    top_k = layer.top_k
+    dh_MI, _ = op.gemm(dy_TD, down, ends_E, Variant(gather_M=order_M, top_k=top_k))
     dpre, h_MI, dweights = op.swiglu_backward(pre, dh_MI, weights_TJ.reshape(-1), order_M)
     assert h_MI is not None
     assert dweights is not None
     dx = dgate_up = ddown = None
     if needs[0]:
-        dx_MD, _ = op.gemm(dpre, gate_up, ends_E, scatter_M=order_M)
+        dx_MD, _ = op.gemm(dpre, gate_up, ends_E, Variant(scatter_M=order_M))
         dx = op.sum_slots(dx_MD, top_k)
     if needs[2]:
         dgate_up = op.weight_grad(x_TD, dpre, gate_up.mT, ends_E, gather_x_M=order_M, top_k=top_k).mT
     if needs[3]:
-        ddown = op.weight_grad(h_MI, dy_TD, down.mT, ends_E, gather_dy_M=order_M // top_k).mT
+        ddown = op.weight_grad(h_MI, dy_TD, down.mT, ends_E, gather_dy_M=layer.token_M).mT
     return dx, dweights.view_as(weights_TJ), dgate_up, ddown
 
 
-def _forward_cpu(
-    x_TD: Tensor,
-    weights_TJ: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    order_M: Tensor,
-    ends_E: Tensor,
-    keep_pre: bool,
-) -> tuple[Tensor, Tensor | None]:
-    token_M = order_M // weights_TJ.shape[1]
-    scale_M1 = weights_TJ.reshape(-1, 1).index_select(0, order_M).to(x_TD.dtype)
+def _forward_cpu(layer: _Layer, keep_pre: bool) -> tuple[Tensor, Tensor | None]:
+    x_TD, _, gate_up, down, order_M, ends_E = layer
+    token_M, scale_M1 = layer.token_M, layer.scale_M1
     y_TD = torch.zeros(x_TD.shape, dtype=wide(x_TD))
-    if cpu_path(order_M.shape[0], gate_up.shape[0]) == "grouped":
-        h_MI, pre = op.gemm(x_TD.index_select(0, token_M), gate_up.mT, ends_E, swiglu=True, keep_pre=keep_pre)
+    if layer.cpu_path == "grouped":
+        swiglu = Variant(swiglu=True)
+        h_MI, pre = op.gemm(x_TD.index_select(0, token_M), gate_up.mT, ends_E, swiglu, keep_pre=keep_pre)
         # the routing weight on h, which is narrower than y or equal: (s h) w = s (h w)
         y_MD, _ = op.gemm(h_MI.mul_(scale_M1), down.mT, ends_E)
         return y_TD.index_add_(0, token_M, y_MD.to(y_TD.dtype)).to(x_TD.dtype), pre
@@ -164,26 +157,15 @@ def _forward_cpu(
     return y_TD.to(x_TD.dtype), pre
 
 
-def _backward_cpu(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    weights_TJ: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    order_M: Tensor,
-    ends_E: Tensor,
-    pre: Tensor,
-    *,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    token_M = order_M // weights_TJ.shape[1]
-    scale_M1 = weights_TJ.reshape(-1, 1).index_select(0, order_M).to(x_TD.dtype)
+def _backward_cpu(layer: _Layer, dy_TD: Tensor, pre: Tensor, *, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    x_TD, weights_TJ, gate_up, down, order_M, ends_E = layer
+    token_M, scale_M1 = layer.token_M, layer.scale_M1
     dx_TD = torch.zeros(x_TD.shape, dtype=wide(x_TD)) if needs[0] else None
     dweights_M = torch.empty_like(weights_TJ).view(-1)
-    if cpu_path(order_M.shape[0], gate_up.shape[0]) == "grouped":
+    if layer.cpu_path == "grouped":
         dy_MD = dy_TD.index_select(0, token_M)
         dh_MI, _ = op.gemm(dy_MD, down, ends_E)
-        dpre, h_MI, dots_M = op.swiglu_backward_rows(pre, dh_MI, scale_M1)
+        dpre, h_MI, dots_M = cpu.swiglu_backward(pre, dh_MI, scale_M1)
         dweights_M.index_copy_(0, order_M, dots_M.to(dweights_M.dtype))
         if dx_TD is not None:
             dx_MD, _ = op.gemm(dpre, gate_up, ends_E)
@@ -197,7 +179,7 @@ def _backward_cpu(
         for expert, begin, end in _segments(ends_E):
             token_m = token_M[begin:end]
             dy = dy_TD.index_select(0, token_m)
-            dpre, h, dots = op.swiglu_backward_rows(pre[begin:end], _mm(dy, down[expert]), scale_M1[begin:end])
+            dpre, h, dots = cpu.swiglu_backward(pre[begin:end], _mm(dy, down[expert]), scale_M1[begin:end])
             dweights_M.index_copy_(0, order_M[begin:end], dots.to(dweights_M.dtype))
             if dx_TD is not None:
                 dx_TD.index_add_(0, token_m, _mm(dpre, gate_up[expert]).to(dx_TD.dtype))
@@ -216,7 +198,7 @@ def _segments(ends_E: Tensor) -> list[tuple[int, int, int]]:
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`a @ b`, through fp32 where the library has no kernels for fp16."""
-    if a.dtype is torch.float16 and not op.fp16_native():
+    if a.dtype is torch.float16 and not cpu.processor().fp16:
         product = (a.float() @ b.float()).to(a.dtype)
         return product if out is None else out.copy_(product)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
@@ -235,8 +217,14 @@ def _check(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: T
         )
     if experts.is_floating_point() or not weights.is_floating_point():
         raise ValueError(f"expected integer experts and floating-point weights, got {experts.dtype}, {weights.dtype}")
-    if not torch.is_autocast_enabled(x.device.type) and not x.dtype == gate_up.dtype == down.dtype:
-        raise ValueError(f"expected x, gate_up and down of one dtype, got {x.dtype}, {gate_up.dtype} and {down.dtype}")
+    for name, tensor in (("experts", experts), ("weights", weights), ("gate_up", gate_up), ("down", down)):
+        if tensor.device != x.device:
+            raise ValueError(f"expected {name} on {x.device} with x, got {tensor.device}")
+    one_dtype = x.dtype == gate_up.dtype == down.dtype and x.is_floating_point()
+    if not one_dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"expected x, gate_up and down of one floating-point dtype, got {x.dtype}, {gate_up.dtype} and {down.dtype}"
+        )
 
 
 def register_experts(name: str = "ale") -> None:

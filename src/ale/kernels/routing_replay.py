@@ -77,7 +77,7 @@ def replay_routing(model: nn.Module, experts_LBSJ: Tensor) -> Iterator[None]:
     layers = _expert_layers(model)
     if experts_LBSJ.dim() != 4 or experts_LBSJ.shape[0] != len(layers):
         raise ValueError(f"expected experts [L = {len(layers)}, B, S, J], got {tuple(experts_LBSJ.shape)}")
-    num_experts = min(int(experts.num_experts) for _, experts in layers)
+    num_experts = count_experts(model)
     if experts_LBSJ.numel():
         lowest, highest = (int(bound) for bound in experts_LBSJ.aminmax())
         if lowest < NOT_RECORDED or highest >= num_experts:
@@ -88,11 +88,21 @@ def replay_routing(model: nn.Module, experts_LBSJ: Tensor) -> Iterator[None]:
         yield
 
 
-def _expert_layers(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+def count_experts(model: nn.Module) -> int:
+    """Experts of a layer (of the layer with the fewest); 0 for a model without expert layers."""
+    return min((int(experts.num_experts) for _, experts in _find_layers(model)), default=0)
+
+
+def _find_layers(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """(block, experts) of each layer in order; the block is the parent, which holds the router as well."""
     found = []
     for block in model.modules():
         found += [(block, child) for child in block.children() if hasattr(child, "_is_expert_parallel")]
+    return found
+
+
+def _expert_layers(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    found = _find_layers(model)
     if not found:
         raise ValueError(f"expected a model with experts of the transformers interface, got {type(model).__name__}")
     return found

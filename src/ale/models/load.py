@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from ale.errors import ModelError
@@ -23,12 +31,27 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # what a damaged file raises depends on the library that reads it
         raise ModelError(f"model.path: the tokenizer in {directory} cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
-        raise ModelError(f"model.path: the tokenizer in {directory} has no chat template, which an agent needs.")
+        raise ModelError(
+            f"model.path: the tokenizer in {directory} has no chat template, which an agent needs: use an instruction-"
+            "tuned model, or add a chat_template.jinja."
+        )
+    rows = _config(directory).get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.path: the tokenizer in {directory} has {len(tokenizer)} tokens, but the model has embeddings for "
+            f"{rows}: they do not belong together."
+        )
     return tokenizer
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     directory = check_model_path(path)
+    config = _config(directory)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"model.path: {directory} holds a model of the type {config.model_type}, which is not a causal language "
+            "model that transformers knows; engine and learner run decoders only."
+        )
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
@@ -46,6 +69,15 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
         register_experts()
         model.set_experts_implementation("ale")
     return model
+
+
+def _config(directory: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # what a damaged file raises depends on what is wrong with it
+        # The first line: for an unknown type transformers goes on with advice on how to upgrade it.
+        said = str(error).partition("\n")[0]
+        raise ModelError(f"model.path: {directory / 'config.json'} cannot be used: {said}") from error
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ class EmbeddedPolicy:
 
 @asynccontextmanager
 async def open_embedded(settings: OpenEngine, *, turn_deadline_s: float = 120.0) -> AsyncIterator[EmbeddedPolicy]:
-    """Starts the engine's process and ends it on leaving. Raises `PolicyError` when the model cannot be loaded."""
+    """Starts the engine's process and ends it on leaving. Raises `ModelError` when the model cannot be used."""
     fds = () if settings.weights_fd is None else (settings.weights_fd,)
     env = {"OMP_NUM_THREADS": str(settings.threads)}
     async with WorkerProcess("ale.policy.engine_process", error=PolicyError, pass_fds=fds, env=env) as worker:

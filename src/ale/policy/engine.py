@@ -2,7 +2,7 @@
 
 `add` a request, then call `step` until its `Turn` comes back. One step computes the tokens that are not yet in the
 cache (a new prompt, an observation) and then one new token for every running sequence. Sequences join and leave
-between steps.
+between steps. What several sequences have in common at their beginning (the prompt of a group) is computed once.
 
 A change of weights takes effect between two tokens: the next one is computed under the new weights from a cache that
 is recomputed under them, so that each token's log-probability belongs to exactly one policy version.
@@ -12,21 +12,29 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ale.errors import PolicyError
+from ale.errors import ModelError, PolicyError
+from ale.kernels.routing_replay import count_experts, record_routing
 from ale.messages import EngineStatistics, Finish, Generate, Sampling, Turn
 from ale.models.load import hidden_states
 from ale.policy.kv_cache import KVRows, RowsCache
+from ale.policy.packed import pack_linears
 from ale.policy.sampler import sample, uniform
 from ale.wire import Array
 
 _PREFILL_TOKENS = 4096  # padded tokens in one prefill: bounds memory and how long running sequences wait
+_SHARED_TOKENS = 16  # a common beginning shorter than this is computed again rather than waited for
+
+Experts = npt.NDArray[np.integer[Any]]  # [L, J]: what each layer with experts chose at one position
 
 
 @dataclass(slots=True)
@@ -39,6 +47,7 @@ class _Sequence:
     logp: list[float] = field(default_factory=list)
     logp_sampled: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
+    experts: list[Experts] = field(default_factory=list)  # of every cached position, where routing is recorded
 
     @property
     def finish(self) -> Finish | None:
@@ -55,6 +64,7 @@ class _Sequence:
             logp_sampled_A=Array.of(self.logp_sampled, "float32"),
             version_A=Array.of(self.version, "int32"),
             finish=finish,
+            experts_TLJ=Array.of(np.stack(self.experts)) if self.experts else None,
         )
 
 
@@ -62,15 +72,37 @@ class _Sequence:
 class _Parked:
     tokens: list[int]  # those whose keys and values are in `cache`
     cache: Tensor
+    experts: list[Experts]
 
 
 class Engine:
-    """Not thread-safe, never blocks on anything but arithmetic. `rows` bounds how many sequences run at once."""
+    """Not thread-safe, never blocks on anything but arithmetic. `rows` bounds how many sequences run at once.
 
-    def __init__(self, model: PreTrainedModel, *, rows: int = 64, parked: int = 1024) -> None:
+    Takes the model over: its large products go through packed copies of the weights, those of its body in `precision`
+    (None: that of the model, in which everything else stays). Call `set_version` after any change of the weights. With
+    `record_routing` every turn carries the experts that its cache was computed with; `ModelError` for a model that has
+    none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rows: int = 64,
+        parked: int = 1024,
+        precision: torch.dtype | None = None,
+        record_routing: bool = False,
+    ) -> None:
+        if record_routing and not count_experts(model):
+            raise ModelError(
+                f"algorithm.routing_replay: {type(model).__name__} has no experts to record; leave it out or false."
+            )
+        self._record_routing = record_routing
+        self._experts_dtype = torch.uint8 if count_experts(model) <= 256 else torch.int16
         self.model = model.eval()
         self.version = 0
         self._cache = KVRows(model.config, rows, model.dtype)
+        self._packed = pack_linears(model, precision or model.dtype)
         self._rows = rows
         self._running: list[_Sequence] = []  # the index is the row
         self._waiting: deque[_Sequence] = deque()
@@ -108,10 +140,13 @@ class Engine:
     def set_version(self, version: int) -> None:
         """Call after the model's weights have changed: what the cache holds belongs to the old ones."""
         self.version = version
+        for layer in self._packed:
+            layer.pack()
         self._parked.clear()
         for sequence in self._running:
             self._recomputed += sequence.cached
             sequence.cached = 0
+            sequence.experts.clear()
 
     @property
     def busy(self) -> bool:
@@ -134,12 +169,18 @@ class Engine:
         """Advances every running sequence by one token; returns the turns that this finished."""
         while self._waiting and len(self._running) < self._rows:
             self._join(self._waiting.popleft())
+        ready = [row for row, s in enumerate(self._running) if len(s.tokens) - s.cached == 1]
         fresh = [row for row, s in enumerate(self._running) if len(s.tokens) - s.cached > 1]
-        for rows in self._prefill_batches(fresh):
-            self._forward(rows)
-        ready = [row for row, s in enumerate(self._running) if row not in set(fresh)]
+        while fresh:
+            first, rest = self._without_overlap(fresh)
+            for rows in self._prefill_batches(first):
+                self._forward(rows)
+            fresh = []
+            for row in rest:
+                self._borrow(row)
+                (ready if len(self._running[row].tokens) - self._running[row].cached == 1 else fresh).append(row)
         if ready:
-            self._forward(ready)
+            self._forward(sorted(ready))
         done = []
         for row in reversed(range(len(self._running))):
             sequence = self._running[row]
@@ -153,26 +194,50 @@ class Engine:
         row = len(self._running)
         self._running.append(sequence)
         parked = self._parked.pop(sequence.request.session, None)
-        if parked is None:
-            return
-        # At least one token is computed anew: its logits are what the next token is drawn from.
-        shared = _common_prefix(parked.tokens, sequence.tokens[:-1])
-        if shared:
-            self._cache.reserve(shared)
-            self._cache.unpark(row, parked.cache, shared)
+        if parked is not None:
+            # At least one token is computed anew: its logits are what the next token is drawn from.
+            shared = _common_prefix(parked.tokens, sequence.tokens[:-1])
+            if shared:
+                self._cache.reserve(shared)
+                self._cache.unpark(row, parked.cache, shared)
+                sequence.cached = shared
+                sequence.experts = parked.experts[:shared]
+                self._reused += shared
+        self._borrow(row)
+
+    def _borrow(self, row: int) -> None:
+        """Copies the keys and values of the longest beginning that another running sequence has computed."""
+        sequence, prompt = self._running[row], self._running[row].tokens[:-1]
+        found = [(_common_prefix(s.tokens[: s.cached], prompt), source) for source, s in enumerate(self._running)]
+        shared, source = max(found)
+        if shared - sequence.cached >= _SHARED_TOKENS:
+            self._cache.copy(source, row, shared)
+            self._reused += shared - sequence.cached
             sequence.cached = shared
-            self._reused += shared
+            sequence.experts = self._running[source].experts[:shared]
+
+    def _without_overlap(self, rows: list[int]) -> tuple[list[int], list[int]]:
+        """Rows to compute now, and those that will find part of what they need computed by one of them."""
+        first: list[int] = []
+        rest: list[int] = []
+        for row in rows:
+            sequence = self._running[row]
+            prompt = sequence.tokens[:-1]
+            overlaps = (_common_prefix(self._running[other].tokens, prompt) - sequence.cached for other in first)
+            (rest if any(n >= _SHARED_TOKENS for n in overlaps) else first).append(row)
+        return first, rest
 
     def _leave(self, row: int, *, park: bool) -> None:
         sequence = self._running[row]
         if park and sequence.cached:
-            parked = _Parked(sequence.tokens[: sequence.cached], self._cache.park(row, sequence.cached))
+            keys_values = self._cache.park(row, sequence.cached)
+            parked = _Parked(sequence.tokens[: sequence.cached], keys_values, sequence.experts)
             self._parked[sequence.request.session] = parked
             if len(self._parked) > self._parked_limit:
                 self._parked.popitem(last=False)
         last = len(self._running) - 1
         if row != last:
-            self._cache.move(last, row, self._running[last].cached)
+            self._cache.copy(last, row, self._running[last].cached)
             self._running[row] = self._running[last]
         self._running.pop()
 
@@ -205,14 +270,19 @@ class Engine:
         end = max(s + n for s, n in zip(start_B, count_B, strict=True))
         position_BQ = position_BQ.clamp(max=end - 1)  # padding after a long row must not pass the model's last position
         mask_B1QT = (torch.arange(end) <= position_BQ[:, :, None])[:, None]
-        output = hidden_states(
-            self.model,
-            input_ids=ids_BQ,
-            position_ids=position_BQ,
-            attention_mask=mask_B1QT,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with record_routing(self.model) if self._record_routing else nullcontext() as routing:
+            output = hidden_states(
+                self.model,
+                input_ids=ids_BQ,
+                position_ids=position_BQ,
+                attention_mask=mask_B1QT,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        if routing is not None:
+            experts_BQLJ = routing.take().permute(1, 2, 0, 3).to(self._experts_dtype).numpy()
+            for sequence, experts_QLJ, count in zip(sequences, experts_BQLJ, count_B, strict=True):
+                sequence.experts += list(experts_QLJ[:count])
         last_BD = output.last_hidden_state[torch.arange(len(rows)), torch.tensor(count_B) - 1]
         logits_BV = self.model.get_output_embeddings()(last_BD)
         settings = [s.request.sampling for s in sequences]
@@ -243,7 +313,12 @@ def _check(sampling: Sampling) -> None:
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    """Length of the common beginning, by bisection: comparing slices is far faster than a loop over tokens."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -2,65 +2,63 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
+from collections.abc import Iterable
 
+import msgspec
 import torch
 
 from ale.errors import PolicyError
 from ale.learner.weights import Layout, WeightRing
-from ale.messages import EndSession, Generate, GetStatistics, LoadWeights, Opened, OpenEngine
+from ale.messages import EndSession, Generate, GetStatistics, LoadWeights, Opened, OpenEngine, Turn
 from ale.models.load import load_model
 from ale.policy.engine import Engine
-from ale.process import Requests
+from ale.process import serve
 
 
-def serve(requests: Requests) -> None:
-    (number, settings), *rest = requests.take(block=True)
-    assert isinstance(settings, OpenEngine)
-    assert not rest
-    try:
+class EngineService:
+    """A `Service`: a turn is answered by the step that finishes it."""
+
+    def __init__(self, settings: OpenEngine) -> None:
         torch.set_num_threads(settings.threads)
         model = load_model(settings.model)
-        engine = Engine(model, rows=settings.rows)
-        ring = None
+        precision = getattr(torch, settings.precision)
+        self._engine = Engine(model, rows=settings.rows, precision=precision, record_routing=settings.record_routing)
+        self._ring: WeightRing | None = None
         if settings.weights_fd is not None:
-            ring = WeightRing(settings.weights_fd, Layout.of(model, settings.slots))
-    except Exception as error:
-        requests.fail(number, error)
-        return
-    requests.answer(number, Opened(version=0, slot=0))
-    while True:
-        for number, request in requests.take(block=not engine.busy):
-            try:
-                _handle(engine, ring, requests, number, request)
-            except Exception as error:  # it goes to whoever asked; the engine serves on
-                requests.fail(number, error)
-        if engine.busy:
-            for number, turn in engine.step():
-                requests.answer(number, turn)
+            self._ring = WeightRing(settings.weights_fd, Layout.of(model, settings.slots))
+
+    @property
+    def busy(self) -> bool:
+        return self._engine.busy
+
+    def step(self) -> Iterable[tuple[int, Turn]]:
+        return self._engine.step()
+
+    def handle(self, number: int, request: object) -> Iterable[tuple[int, msgspec.Struct | Exception | None]]:
+        engine = self._engine
+        match request:
+            case Generate():
+                engine.add(number, request)
+            case EndSession(session=session):
+                for abandoned in engine.end_session(session):
+                    yield abandoned, PolicyError(f"session {session} was ended")
+                yield number, None
+            case LoadWeights(version=version, slot=slot):
+                if self._ring is None:
+                    raise PolicyError("this engine was opened without a weight ring")
+                self._ring.adopt(slot, engine.model)
+                engine.set_version(version)
+                yield number, None
+            case GetStatistics():
+                yield number, engine.statistics()
+            case _:
+                raise PolicyError(f"the engine does not understand {type(request).__name__}")
 
 
-def _handle(engine: Engine, ring: WeightRing | None, requests: Requests, number: int, request: object) -> None:
-    match request:
-        case Generate():
-            engine.add(number, request)
-        case EndSession(session=session):
-            for abandoned in engine.end_session(session):
-                requests.fail(abandoned, PolicyError(f"session {session} was ended"))
-            requests.answer(number, None)
-        case LoadWeights(version=version, slot=slot):
-            if ring is None:
-                raise PolicyError("this engine was opened without a weight ring")
-            ring.adopt(slot, engine.model)
-            engine.set_version(version)
-            requests.answer(number, None)
-        case GetStatistics():
-            requests.answer(number, engine.statistics())
-        case _:
-            raise PolicyError(f"the engine does not understand {type(request).__name__}")
+def _open(settings: OpenEngine) -> tuple[EngineService, Opened]:
+    return EngineService(settings), Opened(version=0, slot=0)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError):
-        serve(Requests(int(sys.argv[1]), (OpenEngine, Generate, EndSession, LoadWeights, GetStatistics)))
+    serve(int(sys.argv[1]), (OpenEngine, Generate, EndSession, LoadWeights, GetStatistics), _open)

@@ -63,7 +63,7 @@ class KVRows:
             self.keys[layer][row, :, :length] = parked[layer, 0, :, :length]
             self.values[layer][row, :, :length] = parked[layer, 1, :, :length]
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         for store in (self.keys, self.values):
             for layer in store:
                 layer[target, :, :length] = layer[source, :, :length]
@@ -79,44 +79,48 @@ class RowsCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def __init__(self, store: KVRows, rows: list[int], start_B: list[int], count_B: list[int]) -> None:
         end = max(start + count for start, count in zip(start_B, count_B, strict=True))
         store.reserve(end)
-        super().__init__(layers=[_Layer(store, i, rows, start_B, count_B, end) for i in range(store.layers)])
+        write = _Write(rows, start_B, count_B, end)
+        super().__init__(layers=[_Layer(store.keys[i], store.values[i], write) for i in range(store.layers)])
+
+
+class _Write:
+    """Where one forward writes; the same for every layer, so it is worked out once."""
+
+    def __init__(self, rows: list[int], start_B: list[int], count_B: list[int], end: int) -> None:
+        self.spans = [(row, slice(s, s + n), n) for row, s, n in zip(rows, start_B, count_B, strict=True)]
+        self.start = max(start_B)
+        self.end = end
+        # Rows at the front are read as a view: decoding copies nothing.
+        self.read = slice(len(rows)) if rows == list(range(len(rows))) else rows
+        self.one = (torch.tensor(rows), slice(None), torch.tensor(start_B)) if max(count_B) == 1 else None
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
 
-    def __init__(
-        self, store: KVRows, layer: int, rows: list[int], start_B: list[int], count_B: list[int], end: int
-    ) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, write: _Write) -> None:
         super().__init__()
-        self._store, self._layer, self._end = store, layer, end
-        self._rows, self._start_B, self._count_B = rows, start_B, count_B
-        self._front = rows == list(range(len(rows)))
+        self._keys, self._values, self._write = keys, values, write
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self._store.keys[self._layer], self._store.values[self._layer]
-        if key_states.shape[2] == 1:
-            at = (torch.tensor(self._rows), slice(None), torch.tensor(self._start_B))
-            keys[at] = key_states[:, :, 0]
-            values[at] = value_states[:, :, 0]
-        else:
-            for i, (row, start, count) in enumerate(zip(self._rows, self._start_B, self._count_B, strict=True)):
-                keys[row, :, start : start + count] = key_states[i, :, :count]
-                values[row, :, start : start + count] = value_states[i, :, :count]
-        if self._front:  # a view: decoding copies nothing
-            n = len(self._rows)
-            return keys[:n, :, : self._end], values[:n, :, : self._end]
-        return keys[self._rows, :, : self._end], values[self._rows, :, : self._end]
+        write = self._write
+        for store, states in ((self._keys, key_states), (self._values, value_states)):
+            if write.one is not None:
+                store[write.one] = states[:, :, 0]
+            else:
+                for i, (row, span, count) in enumerate(write.spans):
+                    store[row, :, span] = states[i, :, :count]
+        return self._keys[write.read, :, : write.end], self._values[write.read, :, : write.end]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._end, 0
+        return self._write.end, 0
 
     def get_seq_length(self) -> int:
-        return max(self._start_B)
+        return self._write.start
 
     def get_max_length(self) -> int:
         return -1

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ale.messages import Sampling
 
+_BLOCK = 1024  # tokens of the vocabulary that are looked at one by one
+
 
 def uniform(seed: int, position: int) -> float:
     """The random number in [0, 1) of this seed and position (splitmix64)."""
@@ -34,35 +36,56 @@ def sample(
     (1 where that is 0) float32 [B], and those under the distribution really drawn from float32 [B] (0 where the
     temperature is 0: greedy has no choice).
     """
+    # Every pass over [B, V] shows in the time of a decoding step, so there are as few as can be.
     logits_BV = logits_BV.float()
     temperature_B = torch.tensor([s.temperature or 1.0 for s in settings])
-    logp_BV = torch.log_softmax(logits_BV / temperature_B[:, None], dim=-1)
-    greedy_B = temperature_B.new_tensor([s.temperature == 0 for s in settings], dtype=torch.bool)
-    kept_BV = _truncate(logp_BV, settings)
-    # In float64 the cumulative sum reaches 1 to within 1e-13: no token is favoured by rounding.
-    cumulative_BV = kept_BV.double().exp().cumsum(-1)
-    threshold_B1 = torch.from_numpy(uniform_B)[:, None] * cumulative_BV[:, -1:]
-    token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
-    token_B = token_B.clamp_(max=logits_BV.shape[-1] - 1)
-    token_B = torch.where(greedy_B, logits_BV.argmax(-1), token_B)
-    pick = token_B[:, None]
-    logp_B = logp_BV.gather(1, pick)[:, 0]
-    sampled_B = logp_B
-    if kept_BV is not logp_BV:
-        sampled_B = (kept_BV.gather(1, pick) - torch.logsumexp(kept_BV, -1, keepdim=True))[:, 0]
-    return token_B, logp_B, sampled_B.masked_fill(greedy_B, 0.0)
+    greedy_B = torch.tensor([s.temperature == 0 for s in settings])
+    p_BV = torch.softmax(logits_BV if bool((temperature_B == 1).all()) else logits_BV / temperature_B[:, None], -1)
+    kept_BV = _truncate(p_BV, settings)
+    token_B = _draw(kept_BV, torch.from_numpy(uniform_B))
+    if greedy_B.any():
+        token_B = torch.where(greedy_B, logits_BV.argmax(-1), token_B)
+    pick_B1 = token_B[:, None]
+    p_B = p_BV.gather(1, pick_B1)[:, 0]
+    sampled_B = p_B if kept_BV is p_BV else kept_BV.gather(1, pick_B1)[:, 0] / kept_BV.sum(-1)
+    return token_B, p_B.log(), sampled_B.log().masked_fill(greedy_B, 0.0)
 
 
-def _truncate(logp_BV: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """Sets what top-k and top-p exclude to -inf; the same tensor when no row truncates."""
+def _draw(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverts the cumulative distribution in two steps: the block of the vocabulary, then the token within it.
+
+    Cumulative sums in float64 favour no token by rounding, but over a whole vocabulary they would cost more than the
+    rest of the sampler; so only one block of each row is summed token by token.
+    """
+    p_BKv = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[1] % _BLOCK)).view(len(p_BV), -1, _BLOCK)
+    block_B1, within_B1 = _invert(p_BKv.sum(-1), uniform_B[:, None])
+    token_B1, _ = _invert(p_BKv.take_along_dim(block_B1[..., None], 1)[:, 0], within_B1)
+    return (block_B1 * _BLOCK + token_B1)[:, 0].clamp_(max=p_BV.shape[1] - 1)
+
+
+def _invert(weight_BK: Tensor, share_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The column at which the cumulative weight passes `share` of the whole, and how far within it, as a share of it.
+
+    A column of weight 0 is never chosen. Rows of NaN get some column: their log-probabilities tell.
+    """
+    cumulative_BK = weight_BK.double().cumsum(1)
+    total_B1 = cumulative_BK[:, -1:]
+    at_B1 = torch.minimum(share_B1 * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))  # rounding may reach it
+    column_B1 = torch.searchsorted(cumulative_BK, at_B1, right=True).clamp_(max=weight_BK.shape[1] - 1)
+    end_B1, own_B1 = cumulative_BK.gather(1, column_B1), weight_BK.gather(1, column_B1)
+    return column_B1, (1 - (end_B1 - at_B1) / own_B1).clamp_(min=0)
+
+
+def _truncate(p_BV: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """Sets what top-k and top-p exclude to 0; the same tensor when no row truncates."""
     if all(s.top_p >= 1.0 and not s.top_k for s in settings):
-        return logp_BV
-    size = logp_BV.shape[-1]
-    sorted_BV, order_BV = logp_BV.sort(-1, descending=True)
+        return p_BV
+    size = p_BV.shape[-1]
+    sorted_BV, order_BV = p_BV.sort(-1, descending=True)
     rank_V = torch.arange(size)
     top_k_B1 = torch.tensor([[s.top_k or size] for s in settings])
     top_p_B1 = torch.tensor([[s.top_p] for s in settings])
-    before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
     drop_BV = (rank_V[None, :] >= top_k_B1) | ((before_BV >= top_p_B1) & (top_p_B1 < 1.0))
     drop_BV[:, 0] = False
-    return logp_BV.masked_fill(torch.zeros_like(drop_BV).scatter_(1, order_BV, drop_BV), float("-inf"))
+    return p_BV.masked_fill(torch.zeros_like(drop_BV).scatter_(1, order_BV, drop_BV), 0.0)

@@ -117,7 +117,8 @@ class ScriptedEnvs(Actor):
 
 class FakeLearner:
     """Answers `TrainStep` after `latency_s(update)`, with the next version. `steps` holds what it was asked to train
-    on; `drop` names, by trajectory, why it trains on some of it not; `error(update)` is raised instead of an answer.
+    on, `weights` the names of all that went into the weights; `drop` names, by trajectory, why it trains on some of it
+    not; `error(update)` is raised instead of an answer.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class FakeLearner:
         self._drop = drop
         self._error = error
         self.steps: list[TrainStep] = []
+        self.weights: list[str] = []
         self.lags: list[int] = []
         """For each step, the version trained minus the oldest version of any token in it."""
 
@@ -149,6 +151,7 @@ class FakeLearner:
         if error is not None:
             raise error
         dropped: Mapping[str, str | None] = {t.id: self._drop(t) for t in trajectories}
+        self.weights += [id_ for id_, reason in dropped.items() if reason is None]
         metrics = StepMetrics(
             version=self._policy.version + 1,
             slot=0,

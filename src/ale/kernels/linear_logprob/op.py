@@ -54,16 +54,22 @@ class _Sums(NamedTuple):
     """Mean logit under the distribution; only for the entropy, which is `lse - mean`."""
 
 
+class _Call(NamedTuple):
+    """What one call computes with; forward and backward take it whole."""
+
+    h_TD: Tensor
+    w_VD: Tensor
+    token_T: Tensor
+    temperature: float
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h_TD: Tensor, w_VD: Tensor, token_T: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        chip = chip_of(h_TD)
-        if chip is None:
-            sums = _sums_cpu(h_TD, w_VD, token_T, temperature, entropy)
-        else:
-            sums = _launch_sums(chip, h_TD, w_VD, token_T, temperature, entropy)
+        call, chip = _Call(h_TD, w_VD, token_T, temperature), chip_of(h_TD)
+        sums = _sums_cpu(call, entropy) if chip is None else _launch_sums(chip, call, entropy)
         ctx.save_for_backward(h_TD, w_VD, token_T, sums.lse_T, sums.mean_T)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -73,24 +79,32 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlogp_T: Tensor | None, dentropy_T: Tensor | None) -> tuple[Tensor | None, ...]:
         h_TD, w_VD, token_T, lse_T, mean_T = ctx.saved_tensors
-        needs_h, needs_w = ctx.needs_input_grad[:2]
-        if dlogp_T is None:
-            dlogp_T = torch.zeros_like(lse_T)
-        if dentropy_T is None:
-            mean_T = None
+        call, needs = _Call(h_TD, w_VD, token_T, ctx.temperature), ctx.needs_input_grad[:2]
         if h_TD.shape[0] == 0:
-            dh, dw = (torch.zeros_like(t) if needed else None for t, needed in ((h_TD, needs_h), (w_VD, needs_w)))
+            dh, dw = (torch.zeros_like(t) if needed else None for t, needed in zip((h_TD, w_VD), needs, strict=True))
             return dh, dw, None, None, None
+        slopes = _Slopes(
+            lse_T,
+            mean_T if dentropy_T is not None else None,
+            torch.zeros_like(lse_T) if dlogp_T is None else dlogp_T.contiguous(),
+            dentropy_T,
+        )
         chip = chip_of(h_TD)
-        inputs = (h_TD, w_VD, token_T, lse_T, mean_T, dlogp_T.contiguous(), dentropy_T, ctx.temperature)
-        if chip is None:
-            dh, dw = _backward_cpu(*inputs, needs_h, needs_w)
-        else:
-            dh, dw = _backward_fused(chip, *inputs, needs_h, needs_w)
+        dh, dw = _backward_cpu(call, slopes, *needs) if chip is None else _backward_fused(chip, call, slopes, *needs)
         return dh, dw, None, None, None
 
 
-def _sums_cpu(h_TD: Tensor, w_VD: Tensor, token_T: Tensor, temperature: float, entropy: bool) -> _Sums:
+class _Slopes(NamedTuple):
+    """What the gradient of the logits is made of, per token; the last is None with the second."""
+
+    lse_T: Tensor
+    mean_T: Tensor | None
+    dlogp_T: Tensor
+    dentropy_T: Tensor | None
+
+
+def _sums_cpu(call: _Call, entropy: bool) -> _Sums:
+    h_TD, w_VD, token_T, temperature = call
     T, V, dtype = h_TD.shape[0], w_VD.shape[0], wide(h_TD)
     h_TD = h_TD.to(dtype) / temperature
     chosen_T = h_TD.new_empty(T)
@@ -118,18 +132,9 @@ def _sums_cpu(h_TD: Tensor, w_VD: Tensor, token_T: Tensor, temperature: float, e
     return _Sums(chosen_T, sum_T.log().add_(max_T), None if dot_T is None else dot_T / sum_T)
 
 
-def _backward_cpu(
-    h_TD: Tensor,
-    w_VD: Tensor,
-    token_T: Tensor,
-    lse_T: Tensor,
-    mean_T: Tensor | None,
-    dlogp_T: Tensor,
-    dentropy_T: Tensor | None,
-    temperature: float,
-    needs_h: bool,
-    needs_w: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+def _backward_cpu(call: _Call, slopes: _Slopes, needs_h: bool, needs_w: bool) -> tuple[Tensor | None, Tensor | None]:
+    h_TD, w_VD, token_T, temperature = call
+    lse_T, mean_T, dlogp_T, dentropy_T = slopes
     T, V, given, dtype = h_TD.shape[0], w_VD.shape[0], h_TD.dtype, wide(h_TD)
     h_TD = h_TD.to(dtype) / temperature
     dh_TD = torch.zeros_like(h_TD) if needs_h else None
@@ -178,9 +183,10 @@ def _add_at(grad: Tensor, column_T: Tensor, value_T: Tensor) -> None:
     grad[row, column_T[row]] += value_T[row].to(grad.dtype)
 
 
-def _launch_sums(chip: Chip, h_TD: Tensor, w_VD: Tensor, token_T: Tensor, temperature: float, entropy: bool) -> _Sums:
+def _launch_sums(chip: Chip, call: _Call, entropy: bool) -> _Sums:
     from ale.kernels.linear_logprob import kernel
 
+    h_TD, w_VD, token_T, temperature = call
     (T, D), V = h_TD.shape, w_VD.shape[0]
     tma = takes_tma(h_TD, chip) and takes_tma(w_VD, chip)
     tile = tiles.sums_tile(T, h_TD.dtype, chip.capability)
@@ -205,21 +211,13 @@ def _launch_sums(chip: Chip, h_TD: Tensor, w_VD: Tensor, token_T: Tensor, temper
 
 
 def _backward_fused(
-    chip: Chip,
-    h_TD: Tensor,
-    w_VD: Tensor,
-    token_T: Tensor,
-    lse_T: Tensor,
-    mean_T: Tensor | None,
-    dlogp_T: Tensor,
-    dentropy_T: Tensor | None,
-    temperature: float,
-    needs_h: bool,
-    needs_w: bool,
+    chip: Chip, call: _Call, slopes: _Slopes, needs_h: bool, needs_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Slice by slice: the kernel recomputes logits and writes their gradient, two plain products consume it."""
     from ale.kernels.linear_logprob import kernel
 
+    h_TD, w_VD, token_T, temperature = call
+    lse_T, mean_T, dlogp_T, dentropy_T = slopes
     (T, D), V = h_TD.shape, w_VD.shape[0]
     dh_TD = h_TD.new_zeros(T, D, dtype=torch.float32) if needs_h else None
     dw_VD = w_VD.new_empty(V, D) if needs_w else None

@@ -1,0 +1,46 @@
+"""The stream of training tasks with a cursor, so that a resumed run draws the next one: none twice, none left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ale.errors import ConfigError
+from ale.task import Task
+
+
+class TaskStream:
+    """`tasks`, counted: `drawn` of them have been taken. They have to come in the same order in every life of a run."""
+
+    def __init__(self, tasks: Iterator[Task]) -> None:
+        self._tasks = tasks
+        self.drawn = 0
+
+    def __iter__(self) -> Iterator[Task]:
+        return self
+
+    def __next__(self) -> Task:
+        task = next(self._tasks)
+        self.drawn += 1
+        return task
+
+    def go_to(self, drawn: int, wanted: Mapping[int, str]) -> dict[int, Task]:
+        """Draws until `drawn` have been taken and returns those at the places in `wanted`: place -> task id.
+
+        Raises `ConfigError` when another task stands there: the tasks are not those that the run began with.
+        """
+        found: dict[int, Task] = {}
+        while self.drawn < drawn:
+            task = next(self, None)
+            if task is None:
+                raise ConfigError(
+                    f"tasks.source: the run had taken {drawn} tasks from it, but there are {self.drawn} now. "
+                    "Put back the tasks that it began with, or start it anew with --overwrite."
+                )
+            if wanted.get(self.drawn, task.id) != task.id:
+                raise ConfigError(
+                    f"tasks.source: the run was rolling out {wanted[self.drawn]} as task number {self.drawn}, which is "
+                    f"{task.id} now. Put back the tasks that it began with, or start it anew with --overwrite."
+                )
+            if self.drawn in wanted:
+                found[self.drawn] = task
+        return found

@@ -1,0 +1,173 @@
+"""The other direction: a task of ours as an environment with GEM's API, for other trainers, agents and scripts.
+
+    with ale.make("task:tasks/copy-7") as env:                         # or "task:copy/7": family and seed
+        observation, info = env.reset()
+        observation, reward, terminated, truncated, info = env.step("```bash\\nls\\n```")
+
+An action is a whole turn, read as in training: a command in a fence, or without one the final answer, which has the
+tests run. `ale.make_async` gives the same with `await`; many of those can share one engine of sandboxes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ale.agent.actions import Answer, Call, Malformed, parse
+from ale.config import AgentConfig
+from ale.envs.env import Env
+from ale.envs.families import TRAINED, UNSEEN
+from ale.envs.families import make as make_task
+from ale.envs.grade import grade
+from ale.envs.task_dir import load_task
+from ale.envs.terminal import TerminalEnv
+from ale.errors import ConfigError
+from ale.sandbox import Kind, SandboxEngine, open_engine
+from ale.task import Task
+
+T = TypeVar("T")
+Observed = tuple[str, float, bool, bool, dict[str, Any]]
+_PREFIX = "task:"
+
+
+class AsyncTaskEnv:
+    """One task, episode after episode: each `reset()` starts a fresh sandbox. `close()` when done."""
+
+    def __init__(
+        self, task: Task, *, limits: AgentConfig, sandbox: Kind = "local", engine: SandboxEngine | None = None
+    ) -> None:
+        self.task = task
+        self._limits = limits
+        self._kind = sandbox
+        self._engine = engine
+        self._stack = AsyncExitStack()
+        self._env: Env | None = None
+        self._turns = 0
+
+    async def reset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
+        """The instruction. A task starts the same way every time: `seed` is there because GEM's callers pass one."""
+        await self._end()
+        if (engine := self._engine) is None:
+            engine = self._engine = await self._stack.enter_async_context(open_engine(self._kind))
+        self._env = TerminalEnv(
+            self.task,
+            engine,
+            lambda task, snapshot: grade(engine, task, snapshot),
+            max_output_chars=self._limits.max_output_chars,
+            command_timeout_s=self._limits.command_timeout_s,
+        )
+        self._turns = 0
+        return await self._env.reset(), {"task": self.task.id}
+
+    async def step(self, action: str) -> Observed:
+        """Carries out one turn. The tests run at the final answer or at the last turn allowed; until then the reward
+        is 0. Raises `SandboxError` and `EvaluatorError`: neither is a reward of 0."""
+        if self._env is None:
+            raise RuntimeError("reset() starts an episode; this one is over")
+        self._turns += 1
+        truncated = self._turns >= self._limits.max_turns
+        observation, info = "", dict[str, Any]()
+        match parse(action, self.task.actions):
+            case Answer():
+                return await self._score(observation, terminated=True, info=info)
+            case Malformed(reason=reason):
+                observation = reason
+            case Call(command=command):
+                done = await self._env.step(command)
+                observation, info = done.observation, {"result": done.result}
+        if truncated:
+            return await self._score(observation, terminated=False, info=info)
+        return observation, 0.0, False, False, info
+
+    async def close(self) -> None:
+        """Ends the episode and, unless it was given, the engine. Idempotent."""
+        try:
+            await self._end()
+        finally:
+            await self._stack.aclose()
+
+    async def __aenter__(self) -> AsyncTaskEnv:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _score(self, observation: str, *, terminated: bool, info: dict[str, Any]) -> Observed:
+        assert self._env is not None
+        try:
+            score = await self._env.score()
+        finally:
+            await self._end()
+        return observation, score.reward, terminated, not terminated, info | {"tests": score.output}
+
+    async def _end(self) -> None:
+        env, self._env = self._env, None
+        if env is not None:
+            await env.close()
+
+
+class TaskEnv:
+    """An `AsyncTaskEnv` for code without `await`, in a notebook too: an event loop in a thread carries it."""
+
+    def __init__(self, env: AsyncTaskEnv) -> None:
+        self.task = env.task
+        self._env = env
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"ale {env.task.id}", daemon=True)
+        self._thread.start()
+
+    def reset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
+        return self._run(self._env.reset(seed))
+
+    def step(self, action: str) -> Observed:
+        return self._run(self._env.step(action))
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        try:
+            self._run(self._env.close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> TaskEnv:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+
+def make(name: str, *, limits: AgentConfig | None = None, sandbox: Kind = "local") -> TaskEnv:
+    """The environment `name`: "task:DIRECTORY" or "task:FAMILY/SEED". Raises `UserError`."""
+    return TaskEnv(make_async(name, limits=limits, sandbox=sandbox))
+
+
+def make_async(
+    name: str, *, limits: AgentConfig | None = None, sandbox: Kind = "local", engine: SandboxEngine | None = None
+) -> AsyncTaskEnv:
+    """`make` for code that awaits. `engine`: its sandboxes are shared and stay open. Raises `UserError`."""
+    return AsyncTaskEnv(_task(name), limits=limits or AgentConfig(), sandbox=sandbox, engine=engine)
+
+
+def _task(name: str) -> Task:
+    if not name.startswith(_PREFIX):
+        raise ConfigError(f'make: an environment is named "task:DIRECTORY" or "task:FAMILY/SEED", not {name!r}.')
+    which = name.removeprefix(_PREFIX)
+    procedural = re.fullmatch(r"([a-z]+)/(\d+)", which)
+    if procedural and procedural[1] in TRAINED | UNSEEN:
+        return make_task(procedural[1], int(procedural[2]))
+    return load_task(which)

@@ -1,0 +1,216 @@
+"""`ale train` interrupted, killed and resumed, for real: sandboxes, engine process, learner process, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ale.data.events import Event, GroupDropped, GroupOpened, Recorded, RolloutDropped, RolloutKept, RolloutStarted
+from ale.data.events import Updated as Trained
+from ale.data.journal import Journal
+from ale.testing.processes import ended, processes_with
+
+CONFIG = """
+name = "a"
+[model]
+path = "{model}"
+[tasks]
+heldout = 2
+families = 0
+[warm_start]
+steps = 2
+demonstrations = 2
+batch = 2
+[agent]
+max_turns = 2
+max_turn_tokens = 3
+max_context_tokens = 400
+[rollout]
+group_size = 2
+groups_per_step = 2
+concurrency = 8
+[algorithm]
+baseline = "signed"
+[learner]
+updates = {updates}
+checkpoint_every = 2
+"""
+DEADLINE_S = 600.0
+
+
+class Folder:
+    """A run folder and the commands that work on it."""
+
+    def __init__(self, path: Path, model: Path, updates: int) -> None:
+        self.cwd = path
+        self.path = path / "runs" / "a"
+        self.mark = uuid.uuid4().hex
+        (path / "small.toml").write_text(CONFIG.format(model=model, updates=updates))
+
+    def start(self, *args: str, wrap: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*wrap, sys.executable, "-c", "from ale.cli import main; main()", "train", *args],
+            cwd=self.cwd,
+            env=os.environ | {"ALE_TEST_RUN": self.mark, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *args: str, code: int = 0) -> tuple[str, str]:
+        process = self.start(*args)
+        out, err = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == code, (out, err)
+        return out, err
+
+    def events(self) -> list[Event]:
+        journal = Journal(self.path / "journal")
+        try:
+            return list(journal.read())
+        finally:
+            journal.close()
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+
+    def wait_for(self, process: subprocess.Popen[str], kind: type, count: int) -> None:
+        """Until the journal holds so many events of this kind."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline and process.poll() is None:
+            data = (self.path / "journal").read_bytes() if (self.path / "journal").exists() else b""
+            if data.count(kind.__name__.encode()) >= count:
+                return
+            time.sleep(0.02)
+        raise AssertionError(
+            f"no {count} {kind.__name__}; the run ended with {process.poll()}: {process.communicate()}"
+        )
+
+
+def check(folder: Folder, updates: int) -> None:
+    """Nothing that had finished was lost or trained on twice, no task was left out or repeated, the books add up."""
+    events = folder.events()
+    started = [e.rollout for e in events if isinstance(e, RolloutStarted)]
+    kept = [e.trajectory.id for e in events if isinstance(e, RolloutKept)]
+    dropped = [e.rollout for e in events if isinstance(e, RolloutDropped)]
+    for ids in (started, kept, dropped, [*kept, *dropped]):
+        assert max(Counter(ids).values(), default=1) == 1
+    assert set(kept) | set(dropped) <= set(started)
+    opened = [e for e in events if isinstance(e, GroupOpened)]
+    assert [e.drawn for e in opened] == list(range(opened[0].drawn, opened[0].drawn + len(opened)))
+    assert max(Counter(e.task for e in opened).values()) == 1
+    trained = [group for e in events if isinstance(e, Trained) for group in e.groups]
+    gone = [e.group for e in events if isinstance(e, GroupDropped)]
+    assert max(Counter([*trained, *gone]).values()) == 1
+    assert [e.number for e in events if isinstance(e, Trained)] == list(range(1, updates + 1))
+    assert [e.update for e in events if isinstance(e, Recorded)] == list(range(1, updates + 1))
+
+    written = [line for line in folder.lines("metrics.jsonl") if "update" in line]
+    assert [line["update"] for line in written] == list(range(1, updates + 1))
+    for line in written:
+        books = line["ledger"]
+        assert books["started"] == books["trained"] + books["buffered"] + books["running"] + sum(
+            books["dropped"].values()
+        )
+    members = [line["id"] for line in folder.lines("trajectories.jsonl") if "update" in line]
+    assert sorted(members) == sorted(id_ for id_ in kept if id_.split("/")[0] in set(trained))
+    names = [line["evaluation"] for line in folder.lines("metrics.jsonl") if "evaluation" in line]
+    assert names == ["heldout_before", "heldout_after"]
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert (summary["updates"], summary["lost_samples"], summary["episodes"]) == (updates, 0, len(started))
+    assert (folder.path / "checkpoints" / "final" / "model.safetensors").is_file()
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tmp_path: Path, nano_path: Path) -> None:
+    folder = Folder(tmp_path, nano_path, updates=3)
+    process = folder.start("small.toml")
+    folder.wait_for(process, Recorded, 1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130, err
+    assert "Once more, and it ends at once" in err
+    assert "Go on with: ale train runs/a --resume" in err
+    kept = {e.trajectory.id for e in folder.events() if isinstance(e, RolloutKept)}
+    folder.run("runs/a", "--resume")
+    check(folder, 3)
+    assert kept <= {e.trajectory.id for e in folder.events() if isinstance(e, RolloutKept)}
+
+    before = (folder.path / "summary.json").read_bytes()
+    out, _ = folder.run("runs/a", "--resume")
+    assert "had ended before; nothing was left to do" in out
+    assert (folder.path / "summary.json").read_bytes() == before
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path, nano_path: Path) -> None:
+    folder, rng, updates = Folder(tmp_path, nano_path, updates=8), random.Random(0), 8
+    kills, args = 0, ["small.toml"]
+    while kills < 20:
+        process = folder.start(*args)
+        # A life that is killed before it has written anything tells little: most are given time to get somewhere.
+        before = (folder.path / "journal").stat().st_size if (folder.path / "journal").exists() else 0
+        grown, deadline = before + rng.randrange(0, 6000), time.monotonic() + DEADLINE_S
+        while process.poll() is None and time.monotonic() < deadline:
+            if (folder.path / "journal").exists() and (folder.path / "journal").stat().st_size > grown:
+                break
+            time.sleep(rng.random() * 0.05)
+        if process.poll() is not None:
+            break
+        descriptors = [os.pidfd_open(pid) for pid in processes_with(folder.mark)]
+        process.kill()
+        process.communicate(timeout=DEADLINE_S)
+        assert ended(descriptors) == len(descriptors)
+        kills += 1
+        args = ["runs/a", "--resume"]
+    assert kills >= 5
+    folder.run("runs/a", "--resume")
+    check(folder, updates)
+    assert not processes_with(folder.mark)
+
+
+def test_ctrl_c_twice_ends_at_once_and_the_run_can_be_resumed(tmp_path: Path, nano_path: Path) -> None:
+    folder = Folder(tmp_path, nano_path, updates=2)
+    process = folder.start("small.toml")
+    folder.wait_for(process, RolloutKept, 1)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert "Once more" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Ended at once" in err or "Go on with" in err
+    assert time.monotonic() - began < 30
+    folder.run("runs/a", "--resume")
+    check(folder, 2)
+
+
+@pytest.mark.full
+def test_a_full_disk_ends_the_run_in_one_paragraph_and_nothing_is_lost(tmp_path: Path, nano_path: Path) -> None:
+    folder = Folder(tmp_path, nano_path, updates=6)
+    (tmp_path / "runs").mkdir()
+    # A mount namespace of its own, in which runs/ is a disk of two megabytes; what is on it is copied out at the end.
+    script = (
+        'mount -t tmpfs -o size=2m tmpfs runs && { "$@"; code=$?; mkdir -p kept && cp -a runs/. kept; exit $code; }'
+    )
+    process = folder.start("small.toml", wrap=("unshare", "-m", "sh", "-c", script, "sh"))
+    _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2, err
+    assert "cannot be written" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    (tmp_path / "runs").rmdir()
+    (tmp_path / "kept").rename(tmp_path / "runs")
+    folder.run("runs/a", "--resume")
+    check(folder, 6)

@@ -1,0 +1,59 @@
+"""A task as an environment with GEM's API, with and without `await`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+import ale
+from ale.agent.actions import render
+from ale.config import AgentConfig
+from ale.envs.families import make as make_task
+from ale.envs.task_dir import write_task
+from ale.errors import ConfigError, TaskFormatError
+from ale.sandbox import SandboxEngine
+
+
+def test_a_procedural_task_is_played_without_await_and_again_after_a_reset() -> None:
+    task = make_task("copy", 7)
+    with ale.make("task:copy/7") as env:
+        for commands, reward in ((task.solution, 1.0), ((), 0.0)):
+            assert env.reset(seed=3) == (task.instruction, {"task": task.id})
+            for command in commands:
+                _, given, terminated, truncated, info = env.step(render(command))
+                assert (given, terminated, truncated, info["result"].exit_code) == (0.0, False, False, 0)
+            _, given, terminated, truncated, _ = env.step("done")
+            assert (given, terminated, truncated) == (reward, True, False)
+        with pytest.raises(RuntimeError, match="reset"):
+            env.step("done")
+    env.close()
+
+
+def test_tasks_share_an_engine_and_leave_nothing_in_it(
+    loop: asyncio.Runner, sandboxes: SandboxEngine, tmp_path: Path
+) -> None:
+    write_task(make_task("count", 1), tmp_path)
+    name = f"task:{tmp_path}/{make_task('count', 1).id}"
+
+    async def scenario() -> None:
+        limits = AgentConfig(max_turns=2)
+        async with ale.make_async(name, limits=limits, engine=sandboxes) as env:
+            async with ale.make_async("task:copy/1", engine=sandboxes) as other:
+                await asyncio.gather(env.reset(), other.reset())
+                assert sandboxes.statistics().alive == 2
+            observation, reward, terminated, truncated, _ = await env.step("```\nls\n```")
+            assert observation == "error: a call starts with ```bash on a line of its own"
+            assert (reward, terminated, truncated) == (0.0, False, False)
+            observation, reward, terminated, truncated, _ = await env.step(render("echo hello"))
+            assert (observation, reward, terminated, truncated) == ("hello", 0.0, False, True)
+
+    loop.run(scenario())
+
+
+def test_a_name_that_means_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="task:FAMILY/SEED"):
+        ale.make("game:Chess")
+    with pytest.raises(TaskFormatError, match="no task directory nowhere"):
+        ale.make("task:nowhere")
