@@ -25,7 +25,9 @@ LAYERS = (
     {"messages", "task", "config", "progress", "errors", "wire", "audit"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.
-KERNELS, CALLERS = "kernels", {"learner", "algorithm", "models", "kernels"}
+KERNELS, CALLERS = "kernels", {"learner", "policy", "algorithm", "models", "kernels"}
+# The rocklet is a package of its own where it runs, inside a sandbox.
+OURS = {"ale", "rocklet", "__future__"}
 HEAVY = ("torch", "triton", "vllm", "aiodocker", "httpx", "transformers", "tokenizers")
 
 
@@ -53,7 +55,7 @@ def foreign(path: Path) -> Iterator[str]:
             names = [node.module or ""]
         else:
             continue
-        yield from {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"ale", "__future__"}
+        yield from {name.split(".")[0] for name in names} - sys.stdlib_module_names - OURS
 
 
 def part(path: Path) -> str:

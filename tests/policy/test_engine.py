@@ -354,8 +354,13 @@ def test_a_model_with_sliding_windows_is_refused_rather_than_run_wrongly() -> No
 
 @dataclasses.dataclass
 class _configured:
+    """What the engine asks of a model before it looks at the kind of its attention."""
+
     config: LlamaConfig
     dtype: torch.dtype = torch.float32
 
     def eval(self) -> "_configured":
         return self
+
+    def modules(self) -> tuple[()]:
+        return ()

@@ -105,11 +105,11 @@ def test_weights_that_come_in_mid_turn_give_a_turn_of_two_versions(nano_path: Pa
 
 def test_a_model_that_is_not_there_is_an_error_of_whoever_opens_it(tmp_path: Path) -> None:
     async def scenario() -> None:
-        with pytest.raises(PolicyError, match=r"ModelError: model.path: there is no directory"):
+        with pytest.raises(ModelError, match=r"model.path: there is no directory"):
             async with open_embedded(engine(tmp_path / "nowhere")):
                 pass
         async with memory() as fd:
-            with pytest.raises(LearnerError, match=r"ModelError: model.path: .* holds no complete model"):
+            with pytest.raises(ModelError, match=r"model.path: .* holds no complete model"):
                 async with learner(tmp_path, fd):
                     pass
 

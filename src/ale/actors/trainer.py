@@ -91,6 +91,7 @@ class Trainer(Actor):
 
     async def run(self) -> None:
         for number in range(self._ledger.books.updates + 1, self._config.learner.updates + 1):
+            self._stop.check()  # a batch that is ready would be taken all the same
             await self._after(await self._update(number))
 
     async def _update(self, number: int) -> Update:
