@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ale.config import AlgorithmConfig, LearnerConfig
-from ale.errors import LearnerError, PolicyError
+from ale.errors import LearnerError, ModelError, PolicyError
 from ale.learner.weights import create_memory
 from ale.messages import (
     Chunk,
