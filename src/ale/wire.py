@@ -6,11 +6,12 @@ shape, so that encoding is a copy of memory and no framework's tensor ever sits 
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, get_origin
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Reply = TypeVar("Reply")
 
@@ -32,10 +33,14 @@ class Array(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> Array:
+        import numpy as np  # here, so that tasks and sandboxes load without it
+
         array = np.ascontiguousarray(values, dtype=dtype)
         return cls(array.dtype.str, array.shape, array.tobytes())
 
     def numpy(self) -> npt.NDArray[Any]:
+        import numpy as np
+
         return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
 
     def __len__(self) -> int:
