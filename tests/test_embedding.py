@@ -290,6 +290,7 @@ def test_the_script_of_the_readme_runs_as_it_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.full
 def test_the_notebook_runs_as_it_is_written_in_a_loop_that_is_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

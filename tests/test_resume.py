@@ -179,6 +179,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path, nano_path: 
     assert not processes_with(folder.mark)
 
 
+@pytest.mark.full
 def test_ctrl_c_twice_ends_at_once_and_the_run_can_be_resumed(tmp_path: Path, nano_path: Path) -> None:
     folder = Folder(tmp_path, nano_path, updates=2)
     process = folder.start("small.toml")
