@@ -409,7 +409,6 @@ def test_colours_are_left_out_on_request(monkeypatch: pytest.MonkeyPatch, name: 
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = io.StringIO()
-    quiet_console().print("x", style="red")
     for _ in range(2):
         console = quiet_console()
         console.file = out

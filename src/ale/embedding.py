@@ -49,7 +49,8 @@ class Training:
     def summary(self) -> Summary | None:
         """What summary.json says; None until the run is through, its last evaluation included."""
         task = self._task
-        return task.result() if task is not None and task.done() and not task.cancelled() else None
+        ended = task is not None and task.done() and not task.cancelled()
+        return task.result() if task is not None and ended and task.exception() is None else None
 
     async def updates(self) -> AsyncIterator[Update]:
         """Every update, recorded and live. The next begins when this one is done with, so the weights stand still in
@@ -159,5 +160,7 @@ async def _ended(task: asyncio.Task[Summary]) -> None:
             await asyncio.wait({task})
         except asyncio.CancelledError:
             interrupted = True
+    if not task.cancelled():
+        task.exception()  # asked for: an error of the body that comes first is no reason to log this one
     if interrupted:
         raise asyncio.CancelledError
