@@ -71,32 +71,37 @@ class _Options(msgspec.Struct):
     include_usage: bool = False
 
 
-class _Format(msgspec.Struct, frozen=True):
-    type: str = "text"
+class Asked(msgspec.Struct, kw_only=True):
+    """The fields that chat and plain completions have in common."""
 
-
-class _Body(msgspec.Struct):
-    messages: list[_Message]
     model: str = ""
-    tools: list[_Tool] | None = None
-    tool_choice: str | _Choice | None = None
-    parallel_tool_calls: bool | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
     n: int | None = None
-    logprobs: bool | None = None
     top_logprobs: int | None = None
     stream: bool | None = None
     stream_options: _Options | None = None
-    response_format: _Format | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+
+
+class _Format(msgspec.Struct, frozen=True):
+    type: str = "text"
+
+
+class _Body(Asked, kw_only=True):
+    messages: list[_Message]
+    tools: list[_Tool] | None = None
+    tool_choice: str | _Choice | None = None
+    parallel_tool_calls: bool | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    response_format: _Format | None = None
     functions: list[Any] | None = None
 
 

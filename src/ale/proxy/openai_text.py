@@ -12,33 +12,16 @@ import orjson
 
 from ale.proxy.body import check, check_text, decode
 from ale.proxy.dialogue import Delta, Refusal, Said, Want
-from ale.proxy.openai_chat import Chat, event, refuse_what_no_engine_does, usage
+from ale.proxy.openai_chat import Asked, Chat, event, refuse_what_no_engine_does, usage
 
 
-class _Options(msgspec.Struct):
-    include_usage: bool = False
-
-
-class _Body(msgspec.Struct):
+class _Body(Asked, kw_only=True):
     prompt: str | list[int | str]
-    model: str = ""
     max_tokens: int | None = 16
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    n: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
-    stream: bool | None = None
-    stream_options: _Options | None = None
-    top_logprobs: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
 
 
 _decoder = msgspec.json.Decoder(_Body)
