@@ -46,7 +46,7 @@ class Supervisor:
     async def start(self, actor: Actor, *, restart: Restart | None = None) -> None:
         """Returns when the actor's `started` has. With `restart` None a crash stops everything."""
         life = self._begin(actor, restart)
-        async with self._bus.waiting(f"the start of actor {actor.name!r}"):
+        async with self._bus.waiting(f"the start of actor {actor.name!r}", on=f"actor {actor.name}"):
             await life.begun.wait()
         if life.failure is not None:
             raise ActorError(f"actor {actor.name!r} did not start") from life.failure
@@ -66,7 +66,7 @@ class Supervisor:
         """Ends one actor: it handles what is in its inbox, within the stop deadline."""
         life = self._life(actor)
         life.stop()
-        async with self._bus.waiting(f"the end of actor {actor.name!r}"):
+        async with self._bus.waiting(f"the end of actor {actor.name!r}", on=f"actor {actor.name}"):
             await life.ended.wait()
 
     async def join(self, actor: Actor, *, deadline_s: float = inf) -> None:
@@ -75,7 +75,8 @@ class Supervisor:
         Raises `ActorError`, with its cause, when it crashed, and `DeadlineExceeded`.
         """
         life = self._life(actor)
-        async with self._bus.waiting(f"the end of actor {actor.name!r}", deadline_s=deadline_s):
+        on = f"actor {actor.name}"
+        async with self._bus.waiting(f"the end of actor {actor.name!r}", on=on, deadline_s=deadline_s):
             await life.ended.wait()
         if life.failure is not None:
             raise ActorError(f"actor {actor.name!r} crashed") from life.failure
@@ -112,7 +113,8 @@ class Supervisor:
             life.stop()
             while not life.ended.is_set():
                 try:
-                    await life.ended.wait()
+                    async with self._bus.waiting(f"the end of actor {life.actor.name!r}", on=f"actor {life.actor.name}"):
+                        await life.ended.wait()
                 except asyncio.CancelledError:
                     cancelled = True
         return cancelled
