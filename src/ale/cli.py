@@ -25,7 +25,8 @@ from ale.commands.agent import agent, sessions
 from ale.commands.hub import app as hub_commands
 from ale.commands.loop import run_to_end
 from ale.commands.sandbox import app as sandbox_commands
-from ale.errors import AleError, Interrupted, TaskFormatError, UserError
+from ale.commands.why import why
+from ale.errors import AleError, Interrupted, Stalled, TaskFormatError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +46,7 @@ tasks = typer.Typer(help="Make, list and check tasks.", no_args_is_help=True)
 app.add_typer(tasks, name="tasks")
 models = typer.Typer(help="Make local models.", no_args_is_help=True)
 app.add_typer(models, name="models")
+app.command()(why)
 app.command()(agent)
 app.add_typer(sessions, name="sessions")
 app.add_typer(sandbox_commands, name="sandbox")
@@ -102,7 +104,9 @@ def train(
 
         async def interruptible() -> Summary:
             with _stop_on_signals(view, folder) as stop:
-                summary: Summary = await pipeline.train(run, report=view, overwrite=overwrite, resume=resume, stop=stop)
+                summary: Summary = await pipeline.train(
+                    run, report=view, overwrite=overwrite, resume=resume, stop=stop, stuck=_end_stuck
+                )
                 return summary
 
         summary = run_to_end(interruptible())
@@ -310,6 +314,8 @@ def main() -> None:
             said.append(f"{type(cause).__name__}: {cause}")
             cause = cause.__cause__
         _complain("; caused by ".join(said))
+        if isinstance(error, Stalled):
+            print(error.report, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -357,6 +363,12 @@ def _stop_on_signals(view: ProgressView, folder: Path) -> Iterator[Stop]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+def _end_stuck(said: str) -> None:
+    """For a run whose event loop cannot be told anything any more. Its folder can be resumed, as after a kill."""
+    print(f"ale: {said}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _complain(message: str) -> None:

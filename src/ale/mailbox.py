@@ -20,7 +20,6 @@ import msgspec
 from ale.errors import ActorStopped, DeadlineExceeded
 from ale.wire import Message
 
-
 OWNER: ContextVar[str | None] = ContextVar("the actor whose task this is", default=None)
 """Tasks inherit it: what an actor's children wait for is known as the actor's wait."""
 

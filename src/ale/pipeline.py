@@ -49,12 +49,14 @@ async def train(
     source: Source | None = None,
     judge: Judge | None = None,
     watch: Callable[[Update], Coroutine[Any, Any, None]] | None = None,
+    stuck: Callable[[str], None] | None = None,
 ) -> Summary:
     """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder.
 
     `resume` goes on with what is in the folder: see docs/runs.md. Raises `UserError`, and `Interrupted` when `stop` was
     requested and the run has come to a checkpoint. `source` and `judge` replace what the configuration names; `watch`
-    sees each update, recorded, before the next begins (`ale.open_run` is made of them).
+    sees each update, recorded, before the next begins (`ale.open_run` is made of them). `stuck` ends the process when
+    its event loop stands still (`Watchdog`).
     """
     tell = report or (lambda progress: None)
     source = source or open_source(config.tasks, config.seed)  # what is wrong there makes no folder
@@ -63,12 +65,18 @@ async def train(
         if done is not None and done.updates == config.learner.updates:
             return done
         try:
-            return await _train(config, folder, source, judge, stop or Stop(), tell, watch)
+            summary = await _train(config, folder, source, judge, stop or Stop(), tell, watch, stuck)
+            folder.end("done")
+            return summary
         except Interrupted as error:
+            folder.end("stopped on request")
             raise Interrupted(
                 f"The run was stopped after update {folder.books.updates}; nothing that had finished is lost. "
                 f"Go on with: ale train {folder.path} --resume"
             ) from error
+        except Exception as error:
+            folder.end(f"{type(error).__name__}: {error}")
+            raise
 
 
 async def _train(
@@ -79,13 +87,16 @@ async def _train(
     stop: Stop,
     tell: Report,
     watch: Callable[[Update], Coroutine[Any, Any, None]] | None,
+    stuck: Callable[[str], None] | None,
 ) -> Summary:
     tasks = TaskStream(source.train)
     ledger = Ledger(folder.books, folder.journal.write)
     books, updates = ledger.books, config.learner.updates
     model = await _model_directory(config, tasks, folder.model)
     state = folder.checkpoint.learner if folder.checkpoint is not None else None
-    opened = Run.open(config, model, make_env=source.make_env, judge=judge, stop=stop)
+    opened = Run.open(
+        config, model, make_env=source.make_env, judge=judge, stop=stop, keep=folder.keep_moment, stuck=stuck
+    )
     async with opened as run, run.learner_process(model, state) as learner:
         run.follow(tell)
 

@@ -23,6 +23,7 @@ from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots
 from ale.actors.stop import Stop
 from ale.actors.trainer import Trainer, Update, redo
+from ale.actors.watchdog import Keep, Watchdog
 from ale.agent.chat import Chat
 from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
@@ -54,6 +55,7 @@ from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
 from ale.task import Task
+from ale.waiting import named, progressed
 
 Report = Callable[[Progress], None]
 _OPEN_DEADLINE_S = 300.0
@@ -81,6 +83,8 @@ class Run:
         make_env: MakeEnv | None,
         judge: Judge | None,
         stop: Stop,
+        keep: Keep,
+        stuck: Callable[[str], None] | None,
     ) -> None:
         self.config = config
         self.stop = stop
@@ -96,6 +100,7 @@ class Run:
         self._judge = judge
         self._policy: EmbeddedPolicy | None = None
         self._last: Progress | None = None
+        self.watchdog = Watchdog(config.silence_s, keep, lambda: self._last, stuck=stuck)
 
     @classmethod
     @asynccontextmanager
@@ -107,6 +112,8 @@ class Run:
         make_env: MakeEnv | None = None,
         judge: Judge | None = None,
         stop: Stop | None = None,
+        keep: Keep = lambda moment: None,
+        stuck: Callable[[str], None] | None = None,
     ) -> AsyncIterator[Run]:
         """`make_env` and `judge` take the places of the sandbox and of the tasks' tests. Raises `ModelError` when the
         model's chat template cannot say what the agent is told."""
@@ -117,10 +124,12 @@ class Run:
             box = config.sandbox
             opened = open_engine(box.kind, image=box.image, runtime=box.runtime, label=f"run {config.name}")
             engine = await stack.enter_async_context(opened) if make_env is None else None
-            supervisor = await stack.enter_async_context(Supervisor(bus))
-            run = cls(config, engine, bus, supervisor, chat, make_env, judge, stop or Stop())
+            owner = Supervisor(bus, on_failure=lambda error: run.watchdog.freeze(error))
+            supervisor = await stack.enter_async_context(owner)
+            run = cls(config, engine, bus, supervisor, chat, make_env, judge, stop or Stop(), keep, stuck)
             try:
                 await supervisor.start(run._loop_lag)
+                await supervisor.start(run.watchdog)
                 if run._reward is not None:
                     await supervisor.start(run._reward)
                 yield run
@@ -199,6 +208,7 @@ class Run:
         for number, trained in enumerate(since, start=1):
             self.stop.check()
             metrics = await redo(learner, trained, self.config)
+            progressed(f"update {trained.event.number}, made again")
             tell(self.progress("resume", number, len(since), {"update": trained.event.number}))
             if number == len(since):
                 await self.policy.load_weights(metrics.version, metrics.slot)
@@ -241,6 +251,7 @@ class Run:
                     request = Imitate(demonstrations=batch, learning_rate=rate, weight_decay=c.weight_decay)
                     metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
                     books.warm_steps = step
+                    progressed(f"step {step} of the warm start")
                     tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
                     if check or evaluation or step == c.steps:
                         await self.policy.load_weights(metrics.version, metrics.slot)
@@ -266,7 +277,7 @@ class Run:
         wanted = {drawn: group.task for drawn, group in running.items()}
         found = await asyncio.to_thread(tasks.go_to, books.drawn, wanted)
         slots = Slots(c.groups_per_step * (c.max_lag + 1), books.groups)
-        async with Supervisor(self._bus) as actors:
+        async with Supervisor(self._bus, on_failure=self.watchdog.freeze) as actors:
             buffer = SampleBuffer(slots, ledger, max_lag=c.max_lag, on_stale=c.on_stale)
             under_way = {running[drawn].id: task for drawn, task in found.items()}
             generator = Generator(self.config, tasks, slots, ledger, under_way)
@@ -340,7 +351,8 @@ class Run:
 
     async def _beat(self, tell: Report) -> None:
         while True:
-            await asyncio.sleep(_BEAT_S)
+            with named("its next beat", idle=True):
+                await asyncio.sleep(_BEAT_S)
             if (last := self._last) is not None:
                 values = last.values | self.load() if last.phase == "train" else last.values
                 tell(self.progress(last.phase, last.step, last.total, values))
@@ -374,6 +386,7 @@ class Run:
             async with room:
                 shown = await demonstrate(task, self._make_env, self._chat, self.config.agent, self._judge)
             done += 1
+            progressed(f"{done} demonstrations")
             tell(self.progress("warm_start", 0, c.steps, {"demonstrations": done}))
             return shown
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from math import inf
 from types import TracebackType
 from typing import Any
@@ -33,10 +33,19 @@ class Supervisor:
     its inbox, then ending its cancelled tasks, then `stopped`. May be nested: a body or an actor's `run` can hold
     another supervisor."""
 
-    def __init__(self, bus: Bus, *, start_deadline_s: float = 60.0, stop_deadline_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        start_deadline_s: float = 60.0,
+        stop_deadline_s: float = 10.0,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        """`on_failure` hears of the first failure before anything is stopped because of it."""
         self._bus = bus
         self._deadlines = Deadlines(start_deadline_s, stop_deadline_s)
         self._lives: dict[Actor, Life] = {}
+        self._on_failure = on_failure
         self._failure: BaseException | None = None
         self._body: asyncio.Task[Any] | None = None
         self._body_cancelled = False
@@ -93,6 +102,7 @@ class Supervisor:
     ) -> None:
         if self._failure is None and error is not None and not isinstance(error, asyncio.CancelledError):
             self._failure = error  # the body failed first: what follows from that must not hide it
+            self._on_failure(error)
         cancelled = await self._stop_all() or isinstance(error, asyncio.CancelledError)
         if self._body_cancelled and self._body is not None:
             cancelled = self._body.uncancel() > self._cancelling  # was anybody but us at it?
@@ -113,7 +123,9 @@ class Supervisor:
             life.stop()
             while not life.ended.is_set():
                 try:
-                    async with self._bus.waiting(f"the end of actor {life.actor.name!r}", on=f"actor {life.actor.name}"):
+                    async with self._bus.waiting(
+                        f"the end of actor {life.actor.name!r}", on=f"actor {life.actor.name}"
+                    ):
                         await life.ended.wait()
                 except asyncio.CancelledError:
                     cancelled = True
@@ -140,6 +152,7 @@ class Supervisor:
             logger.warning("actor %r also failed, after the first cause", actor.name, exc_info=error)
             return
         self._failure = error
+        self._on_failure(error)
         if not self._stopping and self._body is not None:
             self._body_cancelled = True
             self._body.cancel()

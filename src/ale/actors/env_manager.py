@@ -12,6 +12,7 @@ from ale.envs.env import Env
 from ale.messages import Rollout, Trajectory
 from ale.policy.port import Policy
 from ale.task import Task
+from ale.waiting import failed, progressed
 from ale.wire import Message
 
 # Beyond the episodes' own time-outs: closing their sandboxes, and the loop's delays.
@@ -54,10 +55,22 @@ class EnvManager(Actor):
 
     async def receive(self, message: Message) -> Trajectory | None:
         match message:
-            case Rollout() if self._play is not None:
-                return await self._play(message)
             case Rollout():
-                return await run_episode(message, self._policy, self._make_env, self._chat, self._limits, self._judge)
+                return _told(await self._run(message))
             case _:
                 await super().receive(message)
         return None
+
+    async def _run(self, rollout: Rollout) -> Trajectory:
+        if self._play is not None:
+            return await self._play(rollout)
+        return await run_episode(rollout, self._policy, self._make_env, self._chat, self._limits, self._judge)
+
+
+def _told(trajectory: Trajectory) -> Trajectory:
+    """The watchdog hears of it: an episode that the agent ended is progress, one that something else ended is not."""
+    if trajectory.status in ("scored", "illegal_tool_calls", "stopped_by_alarm", "bad_logprob"):
+        progressed(f"the episode {trajectory.id}")
+    else:
+        failed(trajectory.status)
+    return trajectory

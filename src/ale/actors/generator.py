@@ -29,6 +29,7 @@ from ale.data.task_stream import TaskStream
 from ale.errors import first_error
 from ale.messages import GroupEnded, GroupStarted, Rollout, Sampling, TasksEnded, Trajectory
 from ale.task import Task
+from ale.waiting import named
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Generator(Actor):
     async def _start_groups(self, groups: asyncio.TaskGroup) -> None:
         """One for each slot, until the tasks end."""
         while True:
-            async with self.bus.waiting("a free slot: given back when an update is live"):
+            async with self.bus.waiting("a free slot: given back when an update is live", on="actor trainer"):
                 await self._slots.wait()
             task = self._next_task()
             if task is None:
@@ -112,16 +113,20 @@ class Generator(Actor):
         size = self._config.rollout.group_size
         attempts = size * (1 + _REPLACEMENTS)
         async with asyncio.TaskGroup() as rollouts:
-            running = {rollouts.create_task(self._rollout(name, group, task)) for name in group.running}
+            running = {self._member(rollouts, name, group, task) for name in group.running}
             while True:
                 while len(group.running) + len(group.members) < size and group.started < attempts:
                     name = self._ledger.start(group)
-                    running.add(rollouts.create_task(self._rollout(name, group, task)))
+                    running.add(self._member(rollouts, name, group, task))
                 if not running:
                     return
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                with named(f"{len(running)} rollouts of group {group.id}", on="actor envs"):
+                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for finished in done:
                     finished.result()
+
+    def _member(self, tasks: asyncio.TaskGroup, name: str, group: OpenGroup, task: Task) -> asyncio.Task[None]:
+        return tasks.create_task(self._rollout(name, group, task), name=f"rollout {name}")
 
     async def _rollout(self, name: str, group: OpenGroup, task: Task) -> None:
         """One rollout, kept or dropped."""

@@ -21,6 +21,7 @@ from ale.data.events import Updated
 from ale.errors import LearnerError
 from ale.messages import Batch, Group, Sample, StepMetrics, TakeBatch, TrainStep, Trajectory
 from ale.policy.port import Policy
+from ale.waiting import progressed
 from ale.wire import Reply, Request
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Trainer(Actor):
         batch = await self._stop.unless(self.bus.ask("buffer", request, deadline_s=deadline_s))
         taken = time.monotonic()
         lag = version - min(g.oldest_version for g in batch.groups)
-        async with self.bus.waiting(f"the learner: update {number}"):
+        async with self.bus.waiting(f"the learner: update {number}", on="process learner"):
             metrics = await self._learner.ask(
                 train_step(batch.groups, self._config), deadline_s=self._config.learner.step_deadline_s
             )
@@ -117,7 +118,9 @@ class Trainer(Actor):
                 step_s=stepped - taken,
             )
         )
-        await self._policy.load_weights(metrics.version, metrics.slot)
+        async with self.bus.waiting(f"the policy to take version {metrics.version}"):
+            await self._policy.load_weights(metrics.version, metrics.slot)
+        progressed(f"update {number}")
         for group in batch.groups:
             self._slots.give_back(group.id)
         return Update.of(self._ledger.books.since[-1], time.monotonic() - stepped)

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,9 @@ from ale.data.checkpoints import Checkpoint, Checkpoints, freeze
 from ale.data.disk import AppendedFile, replace
 from ale.data.events import FileSizes, Resumed
 from ale.data.journal import Journal
+from ale.data.moment import Moment
+from ale.data.moment import read as read_moment
+from ale.data.moment import write as write_moment
 from ale.errors import ConfigError, RunFolderError
 from ale.messages import Trajectory
 from ale.progress import Summary, Versions
@@ -47,6 +50,9 @@ _MAY_CHANGE = {
     "learner.checkpoint_every",
     "learner.export_every",
     "learner.step_deadline_s",
+    "watchdog.silence_s",
+    "watchdog.heartbeat_s",
+    "watchdog.restarts",
 }
 
 
@@ -204,6 +210,16 @@ class RunFolder:
             of = {} if t is trajectory else {"branch_of": trajectory.id}
             line = orjson.dumps(msgspec.to_builtins(alone, enc_hook=str) | _arrays(alone) | of | more)
             self._trajectories.append(line + b"\n")
+
+    def keep_moment(self, moment: Moment) -> None:
+        """What `ale why` reads. Raises `OSError`."""
+        write_moment(self.path, moment)
+
+    def end(self, how: str) -> None:
+        """The last word on the run's last moment: "done", or the error that ended it."""
+        with suppress(OSError, RunFolderError):  # no moment was written, or the disk is full: the error itself is told
+            last = read_moment(self.path)
+            write_moment(self.path, msgspec.structs.replace(last, ended=how))
 
     async def commit(self, books: Books) -> None:
         """Makes a checkpoint of what the learner wrote where `checkpoints.begin` said, and of the books as they are."""
