@@ -55,7 +55,7 @@ from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
 from ale.task import Task
-from ale.waiting import named, progressed
+from ale.waiting import named, progressed, register
 
 Report = Callable[[Progress], None]
 _OPEN_DEADLINE_S = 300.0
@@ -148,8 +148,11 @@ class Run:
             precision=self.config.model.precision,
             record_routing=learning and self.config.algorithm.routing_replay,
         )
-        async with open_embedded(settings) as policy, self._agent(policy, model) as play:
+        c = self.config.watchdog
+        opened = open_embedded(settings, restarts=c.restarts, heartbeat_s=c.heartbeat_s)
+        async with opened as policy, self._agent(policy, model) as play:
             self._policy = policy
+            watching = self._supervisor.spawn(policy.engine.watch(), name="engine_watch")
             manager = EnvManager(
                 policy,
                 self._make_env,
@@ -164,6 +167,7 @@ class Run:
                 yield policy
             finally:
                 await self._supervisor.stop(manager)
+                await self._supervisor.stop(watching)
 
     @asynccontextmanager
     async def _agent(self, policy: EmbeddedPolicy, model: Path) -> AsyncIterator[Play | None]:
@@ -337,6 +341,7 @@ class Run:
         return {
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
             "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
+            **{name: float(n) for name, n in register().counters.items()},
         }
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from ale.actor import Actor
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
 from ale.actors.sample_buffer import SampleBuffer
@@ -78,6 +79,9 @@ class Loop:
         self.stop = Stop()
         self.trained_before = 0  # in earlier lives of the run
         self.under_way: dict[str, Task] = {}
+        self.stop_deadline_s = 10.0
+        self.before: list[Actor] = []
+        """Started before the others."""
 
     @property
     def pending(self) -> bool:
@@ -87,9 +91,10 @@ class Loop:
     async def run(self, during: Callable[[Loop], Any] | None = None) -> Loop:
         """Wired as `pipeline.Run.optimise` does it; `during` runs in the body instead of waiting for the trainer."""
         self.bus = Bus(plain=True)
-        async with Supervisor(self.bus) as outer:
-            await outer.start(self.envs)
-            async with Supervisor(self.bus) as actors:
+        async with Supervisor(self.bus, stop_deadline_s=self.stop_deadline_s) as outer:
+            for actor in (*self.before, self.envs):
+                await outer.start(actor)
+            async with Supervisor(self.bus, stop_deadline_s=self.stop_deadline_s) as actors:
                 self.buffer = SampleBuffer(
                     self.slots,
                     self.ledger,

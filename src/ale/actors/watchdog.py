@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -61,6 +62,7 @@ class Watchdog(Actor):
         self._wall = wall
         self._latest = Moment(at=wall(), pid=os.getpid(), vitals=look(os.getpid()))
         self._frozen = False
+        self._beat_at = 0.0, wall()
         self._silent_s = 0.0
         self._notes: deque[tuple[float, str]] = deque(maxlen=_NOTES)
         self._disk = ""
@@ -78,14 +80,12 @@ class Watchdog(Actor):
 
     async def run(self) -> None:
         loop, seen = asyncio.get_running_loop(), register()
-        mark, beat, wall = seen.progress_at, loop.time(), self._wall()
+        mark = seen.progress_at
+        self._beat_at = loop.time(), self._wall()
         while True:
             with named("the next beat", idle=True):
                 await asyncio.sleep(BEAT_S)
-            now, wall_now = loop.time(), self._wall()
-            self._note_jumps(now, now - beat, wall_now - wall)
-            self._silent_s += min(max(now - beat, 0.0), 2 * BEAT_S)
-            beat, wall = now, wall_now
+            self._silent_s += min(max(self._passed(), 0.0), 2 * BEAT_S)
             self._turned_at = time.monotonic()
             if seen.progress_at != mark:
                 mark, self._silent_s = seen.progress_at, 0.0
@@ -124,8 +124,11 @@ class Watchdog(Actor):
         waits for."""
         if not self._frozen:
             self._frozen = True
+            with suppress(RuntimeError):  # by an error outside of the loop
+                self._passed()
+            notes = tuple(note for _, note in self._notes)
             ended = f"{type(error).__name__}: {error}"
-            self._keep_quietly(msgspec.structs.replace(self._latest, ended=ended))
+            self._keep_quietly(msgspec.structs.replace(self._latest, ended=ended, notes=notes))
 
     def _write(self, moment: Moment) -> None:
         self._latest = moment
@@ -140,6 +143,13 @@ class Watchdog(Actor):
             if not self._disk:
                 logger.warning("the moment of the run cannot be written: %s", error)
             self._disk = f"its folder cannot be written: {error}"
+
+    def _passed(self) -> float:
+        """The time since the last call; what is odd about it is noted."""
+        (then, wall_then), now, wall = self._beat_at, asyncio.get_running_loop().time(), self._wall()
+        self._beat_at = now, wall
+        self._note_jumps(now, now - then, wall - wall_then)
+        return now - then
 
     def _note_jumps(self, now: float, took_s: float, wall_s: float) -> None:
         if took_s > _LATE_S:

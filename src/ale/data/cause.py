@@ -115,6 +115,9 @@ class _Leaves:
         else:
             said = f"{wait.who} waits for {wait.what}, for {span(wait.waited_s)}"
             release = wait.release or (f"{wait.on}, which waits for nothing itself" if wait.on else "")
+        full = next((link.what for link in chain if link.what.startswith("room in ")), None)
+        if full is not None:
+            said = f"{full.removeprefix('room in ')} is full, since {said}"
         return _Leaf((0, wait.waited_s), said, _by_deadline(release, wait), chain, wait.what)
 
     def _process(self, wait: Wait, name: str, chain: tuple[Link, ...]) -> _Leaf:
