@@ -30,6 +30,7 @@ from ale.testing.wedges import DeafReader, Envs, ProcessLearner, SilentSandboxes
 from ale.wire import Message
 
 HERE = Path(__file__).parent.parent
+FULL = pytest.mark.full
 SILENCE_S = 300.0  # less than the deadline of a rollout
 
 
@@ -38,9 +39,20 @@ def watched(loop: Any, folder: Path, silence_s: float = SILENCE_S, **more: Any) 
     folder.mkdir(exist_ok=True)
     loop.stop_deadline_s = 0.5
     last = lambda: Progress(phase="train", step=len(loop.updates), total=3)  # noqa: E731
-    loop.watchdog = Watchdog(silence_s, lambda moment: moments.write(folder, moment), last, **more)
+    loop.watchdog = Watchdog(
+        silence_s, lambda moment: moments.write(folder, moment), last, **{"wall": wall_of_the_loop, **more}
+    )
     loop.before.insert(0, loop.watchdog)
+    loop.on_failure = loop.watchdog.freeze
     return loop
+
+
+def wall_of_the_loop() -> float:
+    """A wall clock that goes as the loop's."""
+    try:
+        return 1e9 + asyncio.get_running_loop().time()
+    except RuntimeError:
+        return 1e9
 
 
 def stalls(loop: Any, folder: Path, runner: Callable[..., Any] = run) -> tuple[Stalled, Moment]:
@@ -145,12 +157,7 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], WorkerProcess]:
 
 
 @pytest.mark.parametrize(
-    "how",
-    [
-        "stopped",
-        pytest.param("at one step", marks=pytest.mark.full),
-        pytest.param("its answer was lost", marks=pytest.mark.full),
-    ],
+    "how", ["stopped", pytest.param("at one step", marks=FULL), pytest.param("its answer was lost", marks=FULL)]
 )
 def test_an_engine_that_is_stuck_is_named_with_how(loop: Any, tmp_path: Path, echo: Any, how: str) -> None:
     from echo_worker import Echo, Ignore, Stall
@@ -201,7 +208,6 @@ def test_a_dead_learner_is_named(loop: Any, tmp_path: Path, echo: Any, how: str)
         assert "process learner (pid" in str(caught.value)
         assert "is stopped" in str(caught.value)
     else:  # an error by itself: the run has ended before the watchdog had to
-        it.watchdog.freeze(caught.value)
         moment = moments.read(tmp_path)
         assert moment.ended.startswith("WorkerDied: the worker echo_worker ended (exit code -9)")
         assert "process learner" in report(moment)
@@ -271,14 +277,9 @@ def test_a_clock_that_jumps_ends_no_run_and_is_named_when_deadlines_passed_by_it
 
 def test_a_wall_clock_that_is_set_moves_no_deadline_and_is_told_of(loop: Any, tmp_path: Path) -> None:
     it = loop(lambda r: Play(reward=float(r.id[-1]), latency_s=5.0))
-    wall = lambda: asyncio.get_event_loop_policy() and it_time()  # noqa: E731
 
-    def it_time() -> float:
-        try:
-            now = asyncio.get_running_loop().time()
-        except RuntimeError:
-            return 1e9
-        return 1e9 + now - (3600 if now > 7 else 0)
+    def wall() -> float:
+        return wall_of_the_loop() - (3600 if wall_of_the_loop() > 1e9 + 7 else 0)
 
     watched(it, tmp_path, wall=wall)
     run(it.run())

@@ -100,7 +100,7 @@ class _Leaves:
             mine = [
                 w
                 for w in self._moment.waits
-                if not w.idle and (w.of == name if w.named else w.who == name or w.who == f"{name}/run")
+                if not w.idle and (w.of == name if w.named else w.who == name or w.who.startswith(f"{name}/"))
             ]
         else:
             return []
