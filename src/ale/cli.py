@@ -14,7 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,7 +26,7 @@ from ale.commands.hub import app as hub_commands
 from ale.commands.loop import run_to_end
 from ale.commands.sandbox import app as sandbox_commands
 from ale.commands.why import why
-from ale.errors import AleError, Interrupted, Stalled, TaskFormatError, UserError
+from ale.errors import AleError, Interrupted, TaskFormatError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +109,12 @@ def train(
                 )
                 return summary
 
-        summary = run_to_end(interruptible())
+        try:
+            summary = run_to_end(interruptible())
+        except AleError as error:
+            if not isinstance(error, UserError | Interrupted):
+                _tell_how_to_go_on(folder)
+            raise
     if summary == earlier:
         print("This run had ended before; nothing was left to do. --set learner.updates=N asks for more updates.")
     print(f"held-out tasks, before:  {describe(summary.heldout_before)}")
@@ -314,8 +319,6 @@ def main() -> None:
             said.append(f"{type(cause).__name__}: {cause}")
             cause = cause.__cause__
         _complain("; caused by ".join(said))
-        if isinstance(error, Stalled):
-            print(error.report, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -363,6 +366,16 @@ def _stop_on_signals(view: ProgressView, folder: Path) -> Iterator[Stop]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+def _tell_how_to_go_on(folder: Path) -> None:
+    """What the run waited for when it failed, and that it can be resumed."""
+    from ale.data import moment
+    from ale.data.cause import report
+
+    with suppress(UserError):  # it failed before its first moment
+        print(report(moment.read(folder)), file=sys.stderr)
+    _complain(f"Nothing that had finished is lost. ale why {folder} tells this; ale train {folder} --resume goes on.")
 
 
 def _end_stuck(said: str) -> None:

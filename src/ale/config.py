@@ -190,6 +190,15 @@ class WatchdogConfig(_Section, frozen=True):
     """How often within an hour an engine that died is started again in its place."""
 
 
+class MetricsConfig(_Section, frozen=True):
+    """Where numbers go beside metrics.jsonl and TensorBoard (docs/observability.md)."""
+
+    prometheus_port: int = 0
+    """A page for Prometheus on this port of 127.0.0.1, while the run goes on; 0: none."""
+    timeline_mb: int = 64
+    """The most that `timeline.json` may take; 0: none is written."""
+
+
 class RunConfig(_Section, frozen=True):
     """Everything that decides a run. `name` is its folder under `runs_dir`."""
 
@@ -206,6 +215,7 @@ class RunConfig(_Section, frozen=True):
     eval: EvalConfig = EvalConfig()
     sandbox: SandboxConfig = SandboxConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -242,6 +252,8 @@ class RunConfig(_Section, frozen=True):
             (self.watchdog.silence_s or 0.0, "watchdog.silence_s"),
             (self.watchdog.heartbeat_s, "watchdog.heartbeat_s"),
             (self.watchdog.restarts, "watchdog.restarts"),
+            (self.metrics.timeline_mb, "metrics.timeline_mb"),
+            (self.metrics.prometheus_port, "metrics.prometheus_port"),
         ):
             if not value >= 0:  # TOML knows nan
                 raise ValueError(f"{name} must not be negative, got {value}")

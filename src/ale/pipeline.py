@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ale.agent.actions import render
 from ale.agent.episode import Judge
 from ale.config import RunConfig
 from ale.data.events import Recorded
+from ale.data.instruments import prometheus
 from ale.data.run_folder import RunFolder, summary_of, versions
 from ale.data.task_stream import TaskStream
 from ale.envs.source import Source, open_source
@@ -34,6 +36,7 @@ from ale.models.path import check_model_path
 from ale.progress import EvalSummary, Rate, Summary
 from ale.run import Report, Run
 from ale.task import Task
+from ale.waiting import register
 
 # The tokenizer of a new nano model is trained on the text of this many tasks.
 _CORPUS_TASKS = 400
@@ -60,7 +63,7 @@ async def train(
     """
     tell = report or (lambda progress: None)
     source = source or open_source(config.tasks, config.seed)  # what is wrong there makes no folder
-    with RunFolder(config, overwrite=overwrite, resume=resume) as folder:
+    with RunFolder(config, overwrite=overwrite, resume=resume) as folder, _served(folder, config):
         done = summary_of(folder.path)
         if done is not None and done.updates == config.learner.updates:
             return done
@@ -97,6 +100,7 @@ async def _train(
     opened = Run.open(
         config, model, make_env=source.make_env, judge=judge, stop=stop, keep=folder.keep_moment, stuck=stuck
     )
+    register().recorder = folder.timeline.span
     async with opened as run, run.learner_process(model, state) as learner:
         run.follow(tell)
 
@@ -110,7 +114,7 @@ async def _train(
                 folder.keep(t, update=update.number)
             seen = ledger.statistics()
             ended = {"success": ledger.recent_success(), "episodes": float(seen.started - seen.running)}
-            values = _values(update) | ended | run.load()
+            values = _values(update) | ended | run.load() | run.components()
             folder.record(update=update.number, **values, ledger=msgspec.to_builtins(seen))
             ledger.book(Recorded(update=update.number, sizes=folder.sizes))
             tell(run.progress("train", update.number, updates, values))
@@ -192,6 +196,11 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     )
 
 
+def _served(folder: RunFolder, config: RunConfig) -> AbstractContextManager[object]:
+    port = config.metrics.prometheus_port
+    return prometheus(folder.page, port) if port else nullcontext()
+
+
 async def _model_directory(config: RunConfig, tasks: Iterator[Task], target: Path) -> Path:
     """The model to start from: the configured one, or a new nano model whose tokenizer knows the training tasks."""
     if config.model.path != "nano":
@@ -223,4 +232,5 @@ def _values(update: Update) -> dict[str, float]:
         "wait_s": update.wait_s,
         "step_s": update.step_s,
         "sync_s": update.sync_s,
+        "trainer_bubble": update.wait_s / max(update.wait_s + update.step_s + update.sync_s, 1e-9),
     }

@@ -17,6 +17,7 @@ from ale.actors.env_manager import EnvManager, Play
 from ale.actors.evaluation import evaluate_tasks, rate
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
+from ale.actors.load import Load
 from ale.actors.loop_lag import LoopLag
 from ale.actors.reward import Reward
 from ale.actors.sample_buffer import SampleBuffer
@@ -99,6 +100,7 @@ class Run:
         self._make_env = make_env or self._in_sandbox
         self._judge = judge
         self._policy: EmbeddedPolicy | None = None
+        self._load = Load()
         self._last: Progress | None = None
         self.watchdog = Watchdog(config.silence_s, keep, lambda: self._last, stuck=stuck)
 
@@ -343,6 +345,10 @@ class Run:
             "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
             **{name: float(n) for name, n in register().counters.items()},
         }
+
+    def components(self) -> dict[str, float]:
+        """How busy each component was since the last call, and what it uses."""
+        return self._load.since_last()
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
         self._last = Progress(

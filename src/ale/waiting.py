@@ -31,6 +31,8 @@ class Register:
         self.unnamed = Unnamed()
         self.processes: dict[str, Callable[[], ProcessState]] = {}
         """How each worker process is, by name."""
+        self.recorder: Callable[[Waiter, float], None] | None = None
+        """Hears of every named wait when it ends: the timeline."""
         self.counters: Counter[str] = Counter()
         """Things that were counted since the loop began: restarts, turns that were asked for again."""
         self.progress = "it began"
@@ -69,14 +71,16 @@ def named(
 ) -> Iterator[Waiter]:
     """Names a wait that is bounded elsewhere: `deadline_s` is what is told of that. The fields are those of `Wait`."""
     loop = asyncio.get_running_loop()
-    since, seen = loop.time(), register().named
+    since, known = loop.time(), register()
     task = asyncio.current_task()
     waiter = Waiter(loop.create_future(), what, since, since + deadline_s, task, on, OWNER.get(), idle, release)
-    seen.add(waiter)
+    known.named.add(waiter)
     try:
         yield waiter
     finally:
-        seen.discard(waiter)
+        known.named.discard(waiter)
+        if known.recorder is not None:
+            known.recorder(waiter, loop.time())
 
 
 @asynccontextmanager

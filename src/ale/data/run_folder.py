@@ -30,10 +30,12 @@ from ale.data.books import Books
 from ale.data.checkpoints import Checkpoint, Checkpoints, freeze
 from ale.data.disk import AppendedFile, replace
 from ale.data.events import FileSizes, Resumed
+from ale.data.instruments import Page
 from ale.data.journal import Journal
 from ale.data.moment import Moment
 from ale.data.moment import read as read_moment
 from ale.data.moment import write as write_moment
+from ale.data.timeline import Timeline
 from ale.errors import ConfigError, RunFolderError
 from ale.messages import Trajectory
 from ale.progress import Summary, Versions
@@ -53,6 +55,8 @@ _MAY_CHANGE = {
     "watchdog.silence_s",
     "watchdog.heartbeat_s",
     "watchdog.restarts",
+    "metrics.prometheus_port",
+    "metrics.timeline_mb",
 }
 
 
@@ -70,6 +74,8 @@ class RunFolder:
         self.books = Books()
         self.checkpoint: Checkpoint | None = None
         """What the learner goes on from."""
+        self.timeline = Timeline(self.path / "timeline.json", config.metrics.timeline_mb)
+        self.page = Page(config.name)
         self._open = ExitStack()
         try:
             self._check(overwrite, resume)
@@ -198,7 +204,9 @@ class RunFolder:
         """One line of metrics.jsonl, and its numbers for TensorBoard where it has an `update`."""
         self._metrics.append(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
         if "update" in values:
-            self._board.add(values["update"], _scalars(values))
+            scalars = _scalars(values)
+            self._board.add(values["update"], scalars)
+            self.page.show(scalars | {"update": float(values["update"])})
 
     def keep(self, trajectory: Trajectory, **more: Any) -> None:
         """One line of trajectories.jsonl: every token, log-probability, chunk, call, output, reward and version.
@@ -214,6 +222,8 @@ class RunFolder:
     def keep_moment(self, moment: Moment) -> None:
         """What `ale why` reads. Raises `OSError`."""
         write_moment(self.path, moment)
+        self.timeline.sample(moment)
+        self.timeline.flush()
 
     def end(self, how: str) -> None:
         """The last word on the run's last moment: "done", or the error that ended it."""

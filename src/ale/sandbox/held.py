@@ -6,7 +6,11 @@ import asyncio
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
 
+from ale.errors import DeadlineExceeded
+from ale.waiting import named
+
 T = TypeVar("T")
+_CLOSE_S = 180.0  # every step of a sandbox's end has a shorter deadline of its own
 
 
 class Held(Generic[T]):
@@ -21,7 +25,8 @@ class Held(Generic[T]):
         try:
             async with manager as value:
                 self._entered.set_result(value)
-                await self._released.wait()
+                with named("to be given back", idle=True):
+                    await self._released.wait()
         except BaseException as error:
             if self._entered.done():
                 raise
@@ -35,11 +40,15 @@ class Held(Generic[T]):
         return await asyncio.shield(self._entered)
 
     async def close(self) -> None:
-        """Returns when the manager has been left; raises what leaving raised. Idempotent."""
+        """Returns when the manager has been left; raises what leaving raised, and DeadlineExceeded. Idempotent."""
         self._released.set()
         if not self._entered.done():
             self._task.cancel()
-        await asyncio.wait([self._task])
+        with named("the end of what is held open", deadline_s=_CLOSE_S, release="its own end"):
+            done, _ = await asyncio.wait([self._task], timeout=_CLOSE_S)
+        if not done:
+            self._task.cancel()
+            raise DeadlineExceeded("the end of what is held open", _CLOSE_S)
         self._entered.cancel()  # where the attempt was ended before it began: whoever waits for the value is told
         if not self._task.cancelled():
             self._task.result()

@@ -32,6 +32,9 @@ from ale.sandbox.rocklet.trees import pack_tree
 from ale.sandbox.shielded import shielded
 from ale.sandbox.state import StateDirectory, default_parent
 from ale.sandbox.transfer import packed
+from ale.waiting import waiting
+
+_STOP_S = 120.0
 
 
 class RemoteEngine:
@@ -102,14 +105,17 @@ class RemoteEngine:
 
     async def stop(self, names: Sequence[str]) -> None:
         paths = [_path(name) for name in names]
-        await asyncio.gather(*map(self.connection.delete, paths))
+        async with waiting(f"the service to stop {len(paths)} sandboxes", deadline_s=_STOP_S, release="its answer"):
+            await asyncio.gather(*map(self.connection.delete, paths))
         self._open.difference_update(names)
 
     async def aclose(self) -> None:
         """Stops what was started here. Idempotent."""
         try:
             await self.stop(tuple(self._open))
-            await asyncio.gather(*(snapshot.release() for snapshot in tuple(self.snapshots)))
+            what = f"the service to forget {len(self.snapshots)} snapshots"
+            async with waiting(what, deadline_s=_STOP_S, release="its answer"):
+                await asyncio.gather(*(snapshot.release() for snapshot in tuple(self.snapshots)))
         finally:
             await self.connection.close()
             state, self._state = self._state, None

@@ -7,10 +7,14 @@ key gets the one answer. A key that was cancelled before its request arrived sta
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 from ale.sandbox.wire import Conflict, TooMany, UnknownName
+from ale.waiting import named
+
+logger = logging.getLogger(__name__)
 
 MAX_ANSWERS = 1024
 MAX_ANSWER_BYTES = 64 << 20
@@ -88,7 +92,10 @@ class Ledger:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks)
+            with named(f"the end of {len(tasks)} cancelled requests", deadline_s=_CANCEL_S, release="what they close"):
+                _, left = await asyncio.wait(tasks, timeout=_CANCEL_S)
+            if left:
+                logger.warning("%d requests did not end within %g s of their cancellation", len(left), _CANCEL_S)
         self._asked.clear()
 
     def _note(self, key: str, task: asyncio.Task[Answer]) -> None:
