@@ -21,8 +21,22 @@ LAYERS = (
     {"pipeline", "run"},
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub"},
-    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "process", "serving", "testing"},
-    {"messages", "task", "config", "progress", "errors", "wire", "audit"},
+    {
+        "supervisor",
+        "life",
+        "worker",
+        "actor",
+        "bus",
+        "inbox",
+        "topic",
+        "mailbox",
+        "process",
+        "serving",
+        "testing",
+        "waiting",
+        "unnamed",
+    },
+    {"messages", "task", "config", "progress", "errors", "wire", "audit", "vitals", "heart"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.
 KERNELS, CALLERS = "kernels", {"learner", "policy", "algorithm", "models", "kernels"}
