@@ -56,7 +56,7 @@ from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
 from ale.task import Task
-from ale.waiting import named, progressed, register
+from ale.waiting import held_up, named, progressed, register
 from ale.warm_start import CHECK_TASKS, Checks, choose_demonstrated
 
 Report = Callable[[Progress], None]
@@ -199,7 +199,8 @@ class Run:
             pass_fds=(self._weights,),
             env={"OMP_NUM_THREADS": str(threads)},
         ) as learner:
-            opened = await learner.ask(settings, deadline_s=_OPEN_DEADLINE_S)
+            with held_up("the learner to load its model", release="its end", on="process learner"):
+                opened = await learner.ask(settings, deadline_s=_OPEN_DEADLINE_S)
             async with self.engine_process(model) as policy:
                 await policy.load_weights(opened.version, opened.slot)
                 yield learner

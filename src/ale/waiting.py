@@ -33,6 +33,8 @@ class Register:
         """How each worker process is, by name."""
         self.recorder: Callable[[Waiter, float], None] | None = None
         """Hears of every named wait when it ends: the timeline."""
+        self.holds = 0
+        """Waits that are no silence, however long they last."""
         self.counters: Counter[str] = Counter()
         """Things that were counted since the loop began: restarts, turns that were asked for again."""
         self.progress = "it began"
@@ -81,6 +83,19 @@ def named(
         known.named.discard(waiter)
         if known.recorder is not None:
             known.recorder(waiter, loop.time())
+
+
+@contextmanager
+def held_up(what: str, *, release: str, on: str | None = None, deadline_s: float = inf) -> Iterator[None]:
+    """Names a wait that holds the run up rightly: for whoever embeds it, for a model that is loaded within a deadline
+    of its own. The watchdog does not count it as silence."""
+    known = register()
+    known.holds += 1
+    try:
+        with named(what, on=on, release=release, deadline_s=deadline_s):
+            yield
+    finally:
+        known.holds -= 1
 
 
 @asynccontextmanager

@@ -87,7 +87,7 @@ class Watchdog(Actor):
                 await asyncio.sleep(BEAT_S)
             self._silent_s += min(max(self._passed(), 0.0), 2 * BEAT_S)
             self._turned_at = time.monotonic()
-            if seen.progress_at != mark:
+            if seen.progress_at != mark or seen.holds:
                 mark, self._silent_s = seen.progress_at, 0.0
             moment = self.moment(self.bus)
             self._write(moment)

@@ -14,6 +14,7 @@ from ale.errors import PolicyError
 from ale.messages import EndSession, EngineStatistics, Generate, GetStatistics, LoadWeights, OpenEngine, Turn
 from ale.policy.kept import KeptWorker
 from ale.process import WorkerProcess
+from ale.waiting import held_up
 
 _OPEN_DEADLINE_S = 300.0
 _CONTROL_DEADLINE_S = 60.0
@@ -50,7 +51,8 @@ class EmbeddedPolicy:
         return WorkerProcess("ale.policy.engine_process", error=PolicyError, pass_fds=fds, env=env)
 
     async def _bring_up(self, worker: WorkerProcess) -> None:
-        opened = await worker.ask(self._settings, deadline_s=_OPEN_DEADLINE_S)
+        with held_up("the engine to load its model", release="its end", on="process engine"):
+            opened = await worker.ask(self._settings, deadline_s=_OPEN_DEADLINE_S)
         if self._weights is not None:
             await worker.ask(self._weights, deadline_s=_CONTROL_DEADLINE_S)
         else:
