@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from functools import cache
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,7 +55,12 @@ def place_of(task: asyncio.Task[Any]) -> str:
 
 
 def line_of(frame: FrameType) -> str:
-    return f"{os.path.relpath(frame.f_code.co_filename, _HERE)}:{frame.f_lineno}, in {frame.f_code.co_name}"
+    return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+@cache
+def _shown(path: str) -> str:
+    return os.path.relpath(path, _HERE)
 
 
 def stack_of(thread: int, depth: int = 6) -> str:
