@@ -319,7 +319,7 @@ def test_a_run_that_is_held_up_rightly_is_not_silent(loop: Any, tmp_path: Path) 
 
     async def after(update: Any) -> None:
         with held_up("whoever embeds the run", release="their asking"):
-            await asyncio.sleep(10 * SILENCE_S)
+            await asyncio.sleep(1.2 * SILENCE_S)
         await plain(update)
 
     it._after = after
