@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 _MB = 2.0**20
 
@@ -71,7 +75,7 @@ class Page:
     def show(self, values: Mapping[str, float]) -> None:
         self._values = {**self._values, **values}
 
-    def collect(self) -> Iterator[object]:
+    def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import GaugeMetricFamily
 
         families: dict[str, GaugeMetricFamily] = {}
