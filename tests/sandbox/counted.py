@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import random
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,3 +73,19 @@ def descriptors() -> Counter[str]:
         except FileNotFoundError:  # the one that lists them
             continue
     return found
+
+
+def below(pid: int) -> list[int]:
+    """Every process below another one, by what the kernel says now."""
+    found, todo = [], [pid]
+    while todo:
+        with suppress(OSError):
+            children = [int(word) for task in Path(f"/proc/{todo.pop()}/task").iterdir()
+                        for word in (task / "children").read_text().split()]  # fmt: skip
+            found += children
+            todo += children
+    return found
+
+
+async def moment(chance: random.Random, longest_s: float) -> None:
+    await asyncio.sleep(chance.uniform(0, longest_s))

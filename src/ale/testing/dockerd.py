@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ale.sandbox.quota import mount_tmpfs
+
 _PACKAGES = ("docker.io", "containerd", "runc", "libdevmapper1.02.1", "libseccomp2", "busybox-static")
 _CONTAINERD, _SHIM = b"containerd", b"containerd-shim-runc-v2"
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -170,20 +172,29 @@ def _processes() -> Iterator[tuple[int, Path]]:
 
 
 @contextmanager
-def own_dockerd() -> Iterator[Dockerd]:
-    """Starts a daemon whose data, socket and helpers stand in a directory, and removes it all. Raises Unavailable."""
+def own_dockerd(*, data_bytes: int | None = None) -> Iterator[Dockerd]:
+    """Starts a daemon whose data, socket and helpers stand in a directory, and removes it all. Raises Unavailable.
+
+    `data_bytes`: its data lie on a file system of their own of this size, in memory; None: where the directory is.
+    """
     if os.geteuid() != 0:
         raise Unavailable("a Docker engine of one's own needs root")
     folder = Path(tempfile.mkdtemp(prefix="ale-dockerd-"))  # short: containerd's socket lies deep in it
     try:
+        if data_bytes is not None:
+            (folder / "data").mkdir()
+            try:
+                mount_tmpfs(folder / "data", data_bytes, 0, None)
+            except OSError as error:
+                raise Unavailable(f"this user may not mount: {error}") from error
         dockerd = Dockerd(folder, binaries(folder / "packages"))
         try:
             dockerd.start()
             yield dockerd
         finally:
             dockerd.stop()
-            _unmount_below(folder)
     finally:
+        _unmount_below(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
