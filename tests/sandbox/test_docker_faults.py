@@ -1,6 +1,6 @@
-"""Faults at random moments, twenty times each: ends of the daemon, of the rocklet, of a process inside, of starts and
-commands, and a full disk. Counted before and after: containers, images, volumes, the daemon's helpers, descriptors,
-tasks, directories."""
+"""Faults at random moments, twenty times each: ends of the engine, the daemon, the rocklet, a process inside, starts
+and commands, and a full disk. Counted before and after: containers, images, volumes, the daemon's helpers,
+descriptors, tasks, directories."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ale.testing.dockerd import Dockerd, Unavailable, own_dockerd
 
 from .conftest import import_rootfs
 from .counted import below, descriptors, moment
+from .mother import Mother
 
 pytestmark = [pytest.mark.docker, pytest.mark.full, pytest.mark.timeout(900)]
 
@@ -189,6 +190,50 @@ async def test_a_process_inside_that_is_killed_is_what_its_command_says(
             assert (await sandbox.exec(Command(shell=f"echo {len(ends)}"))).text() == f"{len(ends)}\n"
     # The shell was killed; a child was, and the shell tells it; the program of a child was, and the child tells it.
     assert set(ends) <= {(signal.SIGKILL, None, ""), (None, 0, "137"), (None, 0, "5")}
+
+
+ENGINE = """
+import asyncio, random, sys
+from pathlib import Path
+from ale.sandbox import Command, SandboxSpec
+from ale.sandbox.docker.engine import open_docker
+
+async def live(engine):
+    while True:
+        async with engine.start(SandboxSpec()) as sandbox:
+            await sandbox.exec(Command(shell="echo x > f; setsid sleep 1000 > /dev/null 2>&1 &"))
+            snapshot = await sandbox.snapshot()
+            assert (await engine.run(SandboxSpec(base=snapshot), Command(shell="cat f"))).text() == "x\\n"
+            await snapshot.release()
+
+async def main(seed):
+    async with open_docker(host=sys.argv[1], image=sys.argv[2], state_dir=Path(sys.argv[3])) as engine:
+        await asyncio.gather(live(engine), live(engine))
+"""
+
+
+async def test_an_engine_that_is_killed_at_any_moment_leaves_nothing_that_the_next_does_not_take(
+    dockerd: Dockerd, image: str, tmp_path: Path
+) -> None:
+    chance = random.Random(8)
+    state = tmp_path / "state"
+    state.mkdir()
+    async with nothing_is_left(dockerd, state):
+        mother = Mother(ENGINE, dockerd.host, image, str(state))
+        try:
+            for seed in range(TIMES):
+                engine = mother.bear(seed)
+                await moment(chance, 4.0)
+                os.kill(engine, signal.SIGKILL)
+                assert mother.status_of_the_dead() == -signal.SIGKILL
+                async with asyncio.timeout(END_S):
+                    # What the daemon still does for the dead engine, as a commit, may come after this sweep.
+                    async with open_docker(host=dockerd.host, image=image, state_dir=state) as next_one:
+                        assert (await next_one.run(SandboxSpec(), Command(shell="echo well"))).text() == "well\n"
+        finally:
+            mother.close()
+        async with open_docker(host=dockerd.host, state_dir=state):
+            pass
 
 
 # -- a disk that is full

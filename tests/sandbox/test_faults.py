@@ -359,7 +359,7 @@ async def test_without_cgroups_processes_and_memory_are_still_bounded(
 
     monkeypatch.setattr("ale.sandbox.local.make_cgroups", lambda *_: Cgroups())
     spec = SandboxSpec(limits=Limits(pids=16, memory_mb=256))
-    forks = Command(shell="for i in $(seq 40); do sleep 1000 & done; wait", timeout_s=1)
+    forks = Command(shell="for i in $(seq 40); do sleep 1000 & done; wait", timeout_s=0.4)
     hog = Command(shell="head -c 1000000000 /dev/zero | tail > /dev/null; echo ${PIPESTATUS[1]}")
     async with open_engine("local", state_dir=state) as engine:
         assert "cgroup" not in engine.capabilities()["pids"]

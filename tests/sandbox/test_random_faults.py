@@ -7,10 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import select
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -24,8 +21,9 @@ from ale.sandbox.quota import mount_tmpfs, unmount
 from ale.sandbox.state import PREFIX, processes_on, sweep
 
 from .counted import below, descriptors, groups_in, held_by, left_in, moment
+from .mother import Mother
 
-TIMES = pytest.mark.parametrize("times", [8, pytest.param(200, marks=[pytest.mark.full, pytest.mark.timeout(600)])])
+TIMES = pytest.mark.parametrize("times", [5, pytest.param(200, marks=[pytest.mark.full, pytest.mark.timeout(600)])])
 END_S = 30.0
 ENDLESS = "setsid sleep 1000 > /dev/null 2>&1 & sleep 1000 & sleep 1000"
 NAMES = "cat /proc/[0-9]*/comm"  # of what runs in the sandbox
@@ -206,9 +204,8 @@ async def test_a_process_inside_that_is_killed_is_what_its_command_says(local: A
         assert set(ends) == allowed
 
 
-MOTHER = """
-import asyncio, os, random, sys
-from contextlib import AsyncExitStack
+ENGINE = """
+import asyncio, random, sys
 from pathlib import Path
 from ale.sandbox import Command, Limits, SandboxSpec, open_engine
 import ale.sandbox.local, ale.sandbox.pool, ale.sandbox.egress
@@ -230,17 +227,6 @@ async def main(seed):
     chance = random.Random(seed)
     async with open_engine("local", state_dir=Path(sys.argv[1])) as engine:
         await asyncio.gather(live(engine, chance), live(engine, chance), once(engine))
-
-mother = os.getpid()
-for line in sys.stdin:
-    if (child := os.fork()) == 0:
-        null = os.open("/dev/null", os.O_RDWR)
-        os.dup2(null, 0)
-        asyncio.run(main(int(line)))
-        os._exit(1)  # never: it is killed
-    print(child, flush=True)
-    sys.stdin.readline()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -254,37 +240,6 @@ def state(local: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-class Mother:
-    """A process that has everything imported and forks engines, one at a time: a kill of one every fraction of a
-    second, and none of them starts an interpreter first."""
-
-    def __init__(self, state: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", MOTHER, str(state)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def _say(self, line: str) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
-        assert select.select([self._process.stdout], [], [], END_S)[0]
-        return int(self._process.stdout.readline())
-
-    def bear(self, seed: int) -> int:
-        return self._say(str(seed))
-
-    def status_of_the_dead(self) -> int:
-        return self._say("")
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(END_S)
-        self._process.stdout.close()
-
-
 def launchers_of(engine: int, state: Path) -> list[int]:
     pids = (pid for folder in state.glob(f"{PREFIX}{engine}-*") for pid in processes_on(folder.name))
     return [pid for pid in pids if b"launcher.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -296,7 +251,7 @@ async def test_an_engine_that_is_killed_at_any_moment_leaves_nothing_that_the_sw
 ) -> None:
     chance = random.Random(6)
     opened = descriptors()
-    mothers = [Mother(state) for _ in range(2)]
+    mothers = [Mother(ENGINE, str(state)) for _ in range(2)]
     try:
         for number in range(times // 2):
             engines = [mother.bear(2 * number + side) for side, mother in enumerate(mothers)]

@@ -69,7 +69,9 @@ def test_large_bodies_wait_for_room_and_are_refused_when_there_is_none(
     with serve({"me": TOKEN}, limits=ServiceLimits(bodies_bytes=3 * MB)) as url, client(url) as me:
         me.put("/v1/sandboxes/box", json={})
         asked = {"shell": "mkfifo up; read line < up; wc -c", "stdin": base64.b64encode(bytes(MB)).decode()}
-        begun = me.post("/v1/sandboxes/box/exec", json=asked, params={"wait_s": 0}, headers={"idempotency-key": "the-long-one"})
+        begun = me.post(
+            "/v1/sandboxes/box/exec", json=asked, params={"wait_s": 0}, headers={"idempotency-key": "the-long-one"}
+        )
         assert begun.status_code == 202
         refused = me.put("/v1/sandboxes/box/file", params={"path": "file"}, content=bytes(2 * MB))
         assert (refused.status_code, refused.json()["error"]["kind"]) == (429, "TooMany")

@@ -104,7 +104,7 @@ class DockerSandbox(RockletSandbox):
         listener.listen()
         self._proxy = EgressProxy(self.spec.network, self.log.request, self.log.asker)
         await self._proxy.start(listener)
-        self._exposed[encode(PROXY_PORT)] = path
+        self._exposed.add(encode(PROXY_PORT), path)
 
     async def _fill(self, sources: tuple[str, ...]) -> None:
         """Copies the base to the workdir, which is made."""
