@@ -24,7 +24,7 @@ _START_S = 30.0
 
 # Prints what the rocklet's imports loaded: module files, and every file mapped into the process.
 _WATCH = """
-import posix, sys, time, _ctypes, _signal, _socket, array, marshal, resource, select
+import posix, sys, time, _ctypes, _signal, _socket, marshal, resource, select
 files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
 maps = {line.split(None, 5)[5].rstrip() for line in open("/proc/self/maps") if line.count("/")}
 print(repr((sys.executable, files, sorted(maps))))
