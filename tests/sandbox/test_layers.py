@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ale.errors import SandboxError
-from ale.sandbox import Command, SandboxEngine, SandboxSpec, checkpoint, open_engine, restore
+from ale.sandbox import Command, SandboxEngine, SandboxSpec, checkpoint, foundation, open_engine, restore
 from ale.sandbox.checkpoint import _read, _write
 from ale.sandbox.flatten import flatten
 from ale.sandbox.layers import LayerStore
