@@ -19,7 +19,7 @@ _PYC_HEADER = 16
 _BACKLOG = 64
 
 
-class Byte(_ctypes._SimpleCData):  # type: ignore[name-defined,misc]
+class Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]
     """Data with an address. Not `array`: that imports `collections`, half a megabyte in every sandbox."""
 
     _type_ = "B"

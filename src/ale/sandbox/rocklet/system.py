@@ -12,7 +12,7 @@ _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _SCM_ROOM = 64  # bytes of ancillary data: one descriptor and its header
 
 
-class Byte(_ctypes._SimpleCData):  # type: ignore[name-defined,misc]
+class Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]
     """Data with an address. Not `array`: that imports `collections`, half a megabyte in every sandbox."""
 
     _type_ = "B"
