@@ -175,7 +175,6 @@ async def test_a_rocklet_that_is_killed_breaks_its_sandbox_alone(local: Any, tim
 @TIMES
 async def test_a_process_inside_that_is_killed_is_what_its_command_says(local: Any, times: int) -> None:
     chance = random.Random(5)
-    # By their paths: a program that is looked for starts and ends a process at each wrong place.
     line = "echo x >> count; /bin/sh -c '/bin/sleep 1000; exit 5'; echo $?"
     ends = []
     async with nothing_is_left(local), local.start(SandboxSpec()) as sandbox:
