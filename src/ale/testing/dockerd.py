@@ -181,7 +181,7 @@ def own_dockerd(*, data_bytes: int | None = None) -> Iterator[Dockerd]:
     try:
         if data_bytes is not None:
             (folder / "data").mkdir()
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={data_bytes}", "ale-dockerd", folder / "data"]
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={data_bytes}", "ale-dockerd", str(folder / "data")]
             if subprocess.run(mount, check=False, capture_output=True, timeout=_STOP_S).returncode != 0:
                 raise Unavailable("this user may not mount a file system of a given size")
         dockerd = Dockerd(folder, binaries(folder / "packages"))
