@@ -106,7 +106,7 @@ class FusedAttention:
         self._qkv = Product([module.q_proj, module.k_proj, module.v_proj], dtype)
         self._out = Product([module.o_proj], dtype)
         self.products = (self._qkv, self._out)
-        self.pack()
+        self._gain_HD = self._gains()
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -124,15 +124,18 @@ class FusedAttention:
             and all(hasattr(getattr(module, name), "variance_epsilon") for name in norms)
         )
 
-    @torch.no_grad()
     def pack(self) -> None:
         for product in self.products:
             product.pack()
-        if self._norms is not None:
-            query, key = self._norms
-            self._gain_HD = torch.stack(
-                [query.weight * self.module.scaling] * self._queries + [key.weight] * self._keys
-            )
+        self._gain_HD = self._gains()
+
+    @torch.no_grad()
+    def _gains(self) -> Tensor | None:
+        """Of the norms of queries, scaled, and of keys."""
+        if self._norms is None:
+            return None
+        query, key = self._norms
+        return torch.stack([query.weight * self.module.scaling] * self._queries + [key.weight] * self._keys)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         cache = named.get("cache")
@@ -141,7 +144,7 @@ class FusedAttention:
         Q, H, D = self._queries, self._keys, self._width
         qkv = self._qkv(hidden_states).view(-1, Q + 2 * H, D)
         qk, v = qkv[:, : Q + H], qkv[:, Q + H :]
-        if self._norms is not None:
+        if self._norms is not None and self._gain_HD is not None:
             qk = F.rms_norm(qk, (D,), None, self._norms[0].variance_epsilon).mul_(self._gain_HD)
         cos_1ND, sin_1ND = named["position_embeddings"] if "position_embeddings" in named else args[0]
         first, second = qk.chunk(2, -1)

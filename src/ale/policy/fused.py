@@ -105,19 +105,19 @@ def fuse(model: PreTrainedModel, dtype: torch.dtype) -> Fused:
             norm = FusedNorm(module)
             x = _random(model, _ROWS, module.weight.numel())
             if _agree(module.forward(x), norm(x), model.dtype):
-                module.forward = norm  # type: ignore[method-assign]
+                module.forward = norm
         elif FusedSwiGLU.fits(module):
             swiglu = FusedSwiGLU(module, dtype)
             x = _random(model, _ROWS, 1, module.gate_proj.in_features)
             if _agree(module.forward(x), swiglu(x), dtype):
-                module.forward = swiglu  # type: ignore[method-assign]
+                module.forward = swiglu
                 parts.append(swiglu)
         elif PackedExperts.fits(module):
             experts = PackedExperts(module)
             x = _random(model, _ROWS, module.gate_up_proj.shape[2])
             chosen = torch.arange(_ROWS)[:, None] % module.num_experts
             if _agree(module.forward(x, chosen, x[:, :1]), experts(x, chosen, x[:, :1]), model.dtype):
-                module.forward = experts  # type: ignore[method-assign]
+                module.forward = experts
                 parts.append(experts)
     inside = {id(layer) for part in parts for product in part.products for layer in product.layers}
     for module in model.modules():
