@@ -253,16 +253,21 @@ class Engine:
         """What one forward computes: rows of any length together where nothing is padded, else of similar length; each
         within the token budget."""
         batches: list[list[int]] = []
-        tokens = 0
+        tokens = width = 0  # of the last batch
         for row in sorted(rows, key=lambda r: self._running[r].missing):
             missing = self._running[row].missing
-            together = self.fused.flat or missing == 1 or (batches and self._running[batches[-1][-1]].missing > 1)
-            tokens = tokens + missing if self.fused.flat else (len(batches[-1]) + 1) * missing if batches else missing
-            if batches and together and tokens <= _PREFILL_TOKENS:
+            if batches and self.fused.flat:
+                joins, tokens = True, tokens + missing
+            elif batches:  # one token a row is a shape of its own
+                joins, tokens = missing == 1 or width > 1, (len(batches[-1]) + 1) * missing
+            else:
+                joins = False
+            if joins and tokens <= _PREFILL_TOKENS:
                 batches[-1].append(row)
             else:
                 batches.append([row])
                 tokens = missing
+            width = missing
         return [sorted(batch) for batch in batches]
 
     def _states(self, rows: list[int], sequences: list[_Sequence], count_B: list[int]) -> Tensor:
