@@ -21,6 +21,7 @@ from ale.errors import ConfigError
 
 Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
 Precision = Literal["float32", "bfloat16"]
+Selection = Literal["all", "unsolved", "moderate"]
 ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo"]
 
 
@@ -46,9 +47,9 @@ class TasksConfig(_Section, frozen=True):
     heldout: int = 200
     families: int = 60
     """Tasks of wholly unseen families, evaluated beside the held-out ones; procedural tasks only."""
-    selection: Literal["all", "unsolved"] = "all"
-    """All tasks of the stream in turn, or each with the share of recent failures at its kind (family and level), at
-    least a tenth, as its chance. Either way none is taken twice."""
+    selection: Selection = "all"
+    """All tasks of the stream in turn, or each with a chance that is the share of recent failures at its kind (family
+    and level; "unsolved"), or that is highest where half succeed ("moderate"); at least a tenth. None is taken twice."""
     seed: int = 0
 
 
@@ -102,7 +103,15 @@ class RolloutConfig(_Section, frozen=True):
     max_lag: int = 1
     on_stale: Literal["discard", "wait"] = "discard"
     concurrency: int = 64
-    """Episodes at once."""
+    """Episodes at once, at most."""
+    extra_members: int = 0
+    """Rollouts that a group starts beyond `group_size`: the first to finish are kept, the others end at once."""
+    extra_groups: int = 0
+    """Groups under way beyond `groups_per_step * (max_lag + 1)`: the first to finish are trained on."""
+    straggler_s: float | None = None
+    """An episode that lasts longer is ended, counted as a straggler and replaced; evaluations are not bound by it."""
+    straggler_factor: float | None = None
+    """The same for one that lasts so many times as long as the median of the last 64 that were kept; at least 2."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
@@ -210,6 +219,8 @@ class RunConfig(_Section, frozen=True):
         )
         for value, name in (
             (self.rollout.max_lag, "rollout.max_lag"),
+            (self.rollout.extra_members, "rollout.extra_members"),
+            (self.rollout.extra_groups, "rollout.extra_groups"),
             (self.learner.updates, "learner.updates"),
             (self.learner.learning_rate, "learner.learning_rate"),
             (self.learner.export_every, "learner.export_every"),
@@ -233,6 +244,18 @@ class RunConfig(_Section, frozen=True):
             raise ValueError(f"rollout.top_p must be above 0 and at most 1, got {self.rollout.top_p}")
         if self.rollout.top_k is not None and self.rollout.top_k < 1:
             raise ValueError(f"rollout.top_k must be at least 1, or left out to be off, got {self.rollout.top_k}")
+        if self.rollout.extra_groups and self.rollout.on_stale == "wait":
+            raise ValueError(
+                'rollout.extra_groups keeps the groups that finish first, but rollout.on_stale = "wait" takes them in the '
+                'order of their start: use on_stale = "discard", or no extra groups'
+            )
+        if self.rollout.straggler_s is not None and not 0 < self.rollout.straggler_s < math.inf:
+            raise ValueError(f"rollout.straggler_s must be positive and finite, got {self.rollout.straggler_s}")
+        if self.rollout.straggler_factor is not None and not 2 <= self.rollout.straggler_factor < math.inf:
+            raise ValueError(
+                f"rollout.straggler_factor must be at least 2, got {self.rollout.straggler_factor}: a median of what was "
+                "not ended would shrink from round to round"
+            )
         if self.rollout.group_size < 2 and self.algorithm.baseline in ("group_mean", "group_norm", "leave_one_out"):
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}, but algorithm.baseline = "

@@ -112,6 +112,7 @@ Status = Literal[
     "policy_failure",
     "evaluator_error",
     "episode_timeout",
+    "straggler",
     "illegal_tool_calls",
     "agent_failure",
     "bad_reward",
@@ -215,12 +216,16 @@ class TakeBatch(Request[Batch], frozen=True):
 
 
 class Rollout(Request[Trajectory], frozen=True):
-    """`Rollout(id="g3/1", group="g3", task=Task(...), sampling=Sampling(seed=31))`: run one episode to its score."""
+    """`Rollout(id="g3/1", group="g3", task=Task(...), sampling=Sampling(seed=31))`: run one episode to its score.
+
+    One that lasts longer than `straggler_s` is ended; its status says so. None: only the agent's own limits hold.
+    """
 
     id: str
     group: str
     task: Task
     sampling: Sampling
+    straggler_s: float | None = None
 
 
 class Score(Message, frozen=True):

@@ -14,13 +14,14 @@ from pathlib import Path
 import msgspec
 
 from ale.actors.env_manager import EnvManager, Play
+from ale.actors.episodes import Episodes, HeardPolicy
 from ale.actors.evaluation import evaluate_tasks, rate
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
 from ale.actors.loop_lag import LoopLag
 from ale.actors.reward import Reward
 from ale.actors.sample_buffer import SampleBuffer
-from ale.actors.slots import Slots
+from ale.actors.slots import Slots, count_slots
 from ale.actors.stop import Stop
 from ale.actors.trainer import Trainer, Update, redo
 from ale.agent.chat import Chat
@@ -49,6 +50,7 @@ from ale.messages import (
 )
 from ale.models.load import load_tokenizer
 from ale.policy.embedded import EmbeddedPolicy, open_embedded
+from ale.policy.port import Policy
 from ale.process import WorkerProcess
 from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
@@ -91,6 +93,7 @@ class Run:
         self._weights = create_memory()
         self._slots = config.rollout.max_lag + 2
         self._loop_lag = LoopLag()
+        self._episodes = Episodes(config.rollout.concurrency)
         self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
         self._make_env = make_env or self._in_sandbox
         self._judge = judge
@@ -139,13 +142,17 @@ class Run:
             precision=self.config.model.precision,
             record_routing=learning and self.config.algorithm.routing_replay,
         )
-        async with open_embedded(settings) as policy, self._agent(policy, model) as play:
+        async with AsyncExitStack() as stack:
+            policy = await stack.enter_async_context(open_embedded(settings))
+            heard = HeardPolicy(policy, self._episodes)
+            play = await stack.enter_async_context(self._agent(heard, model))
             self._policy = policy
             manager = EnvManager(
-                policy,
+                heard,
                 self._make_env,
                 self._chat,
                 self.config.agent,
+                self._episodes,
                 concurrency=self.config.rollout.concurrency,
                 judge=self._judge,
                 play=play,
@@ -157,7 +164,7 @@ class Run:
                 await self._supervisor.stop(manager)
 
     @asynccontextmanager
-    async def _agent(self, policy: EmbeddedPolicy, model: Path) -> AsyncIterator[Play | None]:
+    async def _agent(self, policy: Policy, model: Path) -> AsyncIterator[Play | None]:
         """How episodes are played where the agent is a program of its own; None: by the built-in loop."""
         if self.config.agent.kind == "builtin":
             yield None
@@ -265,11 +272,11 @@ class Run:
         running = {group.drawn: group for group in books.groups.values() if not group.buffered}
         wanted = {drawn: group.task for drawn, group in running.items()}
         found = await asyncio.to_thread(tasks.go_to, books.drawn, wanted)
-        slots = Slots(c.groups_per_step * (c.max_lag + 1), books.groups)
+        slots = Slots(count_slots(c), books.groups)
         async with Supervisor(self._bus) as actors:
             buffer = SampleBuffer(slots, ledger, max_lag=c.max_lag, on_stale=c.on_stale)
             under_way = {running[drawn].id: task for drawn, task in found.items()}
-            generator = Generator(self.config, tasks, slots, ledger, under_way)
+            generator = Generator(self.config, tasks, slots, ledger, self._episodes, under_way)
             trainer = Trainer(self.config, learner, self.policy, slots, ledger, after, self.stop)
             for actor in (buffer, generator, trainer):
                 await actors.start(actor)

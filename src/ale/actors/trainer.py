@@ -90,6 +90,7 @@ class Trainer(Actor):
         self._stop = stop
 
     async def run(self) -> None:
+        self._slots.live(self._policy.version)
         for number in range(self._ledger.books.updates + 1, self._config.learner.updates + 1):
             self._stop.check()  # a batch that is ready would be taken all the same
             await self._after(await self._update(number))
@@ -118,6 +119,7 @@ class Trainer(Actor):
             )
         )
         await self._policy.load_weights(metrics.version, metrics.slot)
+        self._slots.live(metrics.version)
         for group in batch.groups:
             self._slots.give_back(group.id)
         return Update.of(self._ledger.books.since[-1], time.monotonic() - stepped)
