@@ -362,6 +362,16 @@ class EngineStatistics(Message, frozen=True):
     prefilled_tokens: int
     reused_tokens: int
     recomputed_tokens: int
+    kv_used: float = 0.0
+    """Share of the cache in use, where it has a bound of its own."""
+    busy_s: float = 0.0
+    """Time that it spent computing."""
+
+
+class SetThreads(Request[None], frozen=True):
+    """`SetThreads(threads=3)`: compute with so many from the next step on."""
+
+    threads: int
 
 
 class GetStatistics(Request[EngineStatistics], frozen=True):

@@ -182,19 +182,43 @@ def test_a_kill_after_any_record_loses_nothing_and_trains_on_nothing_twice(loop:
         check(disk, lives, 5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_a_kill_after_any_record_of_a_run_with_extras_drops_each_redundant_rollout_once(loop: Any) -> None:
+    schedule = SCHEDULE | {"extra_members": 2, "extra_groups": 2, "max_lag": 0, "updates": 3}
+    disk, lives = kill_and_resume(loop, [], **schedule)
+    check(disk, lives, 3)
+    assert lives[-1].books.dropped["redundant"] > 3 * 2 * 2
+    for kill in range(0, len(disk.journal), 2):
+        again, lives = kill_and_resume(loop, [kill], **schedule)
+        check(again, lives, 3)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     kills=st.lists(st.integers(0, 25), max_size=20),
     max_lag=st.integers(0, 2),
     on_stale=st.sampled_from(["discard", "wait"]),
     shuffle=st.booleans(),
     refused=st.booleans(),
+    extra_members=st.sampled_from([0, 2]),
+    extra_groups=st.sampled_from([0, 2]),
+    straggler_s=st.sampled_from([None, 4.0]),
 )
 def test_twenty_kills_at_any_records_lose_nothing(
-    loop: Any, kills: list[int], max_lag: int, on_stale: Any, shuffle: bool, refused: bool
+    loop: Any,
+    kills: list[int],
+    max_lag: int,
+    on_stale: Any,
+    shuffle: bool,
+    refused: bool,
+    extra_members: int,
+    extra_groups: int,
+    straggler_s: float | None,
 ) -> None:
     schedule = SCHEDULE | {
         "max_lag": max_lag,
+        "extra_members": extra_members,
+        "extra_groups": extra_groups if on_stale == "discard" else 0,
+        "straggler_s": straggler_s,
         "on_stale": on_stale,
         "shuffle_rewards": shuffle,
         "drop": lambda t: "bad_logprob" if refused and ord(t.id[-1]) % 2 else None,

@@ -91,9 +91,12 @@ class Episodes:
         if episode is not None and episode.first_version is None:
             episode.first_version = version
 
-    def heard(self, rollout: str, tokens: int) -> None:
+    def heard(self, rollout: str, tokens: int, oldest: int) -> None:
+        """A turn is over; `oldest` is the oldest version of any of its tokens."""
         episode = self._under_way.get(rollout)
         if episode is not None:
+            if not episode.tokens:
+                episode.first_version = oldest  # it may have waited through a change of weights
             episode.tokens += tokens
 
     def _give(self) -> None:
@@ -119,7 +122,7 @@ class HeardPolicy:
         rollout = request.session.partition("~")[0]  # an agent that branches has several sessions
         self._episodes.asked(rollout, self._policy.version)
         turn = await self._policy.generate(request)
-        self._episodes.heard(rollout, len(turn.tokens_A))
+        self._episodes.heard(rollout, len(turn.tokens_A), int(turn.version_A.numpy().min()))
         return turn
 
     async def end_session(self, session: str) -> None:

@@ -165,20 +165,21 @@ class Generator(Actor):
         c = self._config.rollout
         attempts = c.group_size * (1 + _REPLACEMENTS) + c.extra_members
         async with asyncio.TaskGroup() as rollouts:
-            running: set[asyncio.Task[None]] = set()
+            running: dict[str, asyncio.Task[None]] = {}
             wanted = list(group.running)
             while len(group.members) < c.group_size:
                 at_once = c.group_size + c.extra_members - len(group.members)
                 while len(group.running) < at_once and group.started < attempts:
                     wanted.append(self._ledger.start(group))
-                running |= {rollouts.create_task(self._rollout(name, group, task)) for name in wanted}
+                for name in wanted:
+                    running[name] = rollouts.create_task(self._rollout(name, group, task), name=f"rollout {name}")
                 wanted = []
                 if not running:
                     return
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for finished in done:
-                    finished.result()
-            for unneeded in running:
+                await asyncio.wait(running.values(), return_when=asyncio.FIRST_COMPLETED)
+                for name in [name for name, one in running.items() if one.done()]:
+                    running.pop(name).result()
+            for unneeded in running.values():
                 unneeded.cancel()
             self._end_running(group, Reason.REDUNDANT)
 

@@ -64,7 +64,7 @@ class Places(Protocol):
 
     def asked(self, rollout: str, version: int) -> None: ...
 
-    def heard(self, rollout: str, tokens: int) -> None: ...
+    def heard(self, rollout: str, tokens: int, oldest: int) -> None: ...
 
 
 class ScriptedEnvs(Actor):
@@ -123,7 +123,7 @@ class ScriptedEnvs(Actor):
                     versions.append(self._policy.version)
                     if self._episodes is not None:
                         self._episodes.asked(rollout.id, self._policy.version)
-                        self._episodes.heard(rollout.id, 1)
+                        self._episodes.heard(rollout.id, 1, self._policy.version)
                     await asyncio.sleep(play.latency_s / play.tokens)
         except TimeoutError:
             status, reward = "straggler", None
