@@ -11,9 +11,9 @@ cores and engine in every mode:
     redundant    max_lag 2, eight groups more than needed, and stragglers ended at eight times the median
 
 What differs from the plain job is the environment: the first command of an episode takes a lognormal time, median 1 s
-and p99 over p50 of 20 (so 2.3 s in the mean), and 2% of them end with a crashed sandbox. An episode's tokens take about
-a tenth of a second, an update about 3 s: the environment is most of the time, as in agentic RL. Held-out tasks are played
-without it, after the same number of updates. Each seed is one pair of each mode with `sync`.
+and p99 over p50 of 20 (so 2.3 s in the mean), and 2% of them end with a crashed sandbox. It is most of an episode's
+time, as in agentic RL. Held-out tasks are played without it, after the same number of updates. Each seed is one pair of
+each mode with `sync`.
 
 An episode counts when it ended by itself: what was ended as redundant, straggling or stale, or came too late, does not.
 """
@@ -228,9 +228,7 @@ async def played(config: RunConfig) -> tuple[Summary, float]:
             places.meter.change(0)
             marks.append(places.meter.seconds)
 
-        summary = await train(
-            config, source=msgspec.structs.replace(source, make_env=places.make), watch=watch
-        )
+        summary = await train(config, source=msgspec.structs.replace(source, make_env=places.make), watch=watch)
         return summary, marks[-1] - marks[SKIPPED - 1]
 
 

@@ -21,7 +21,8 @@ LAYERS = (
     {"pipeline", "run", "simulation"},
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub"},
-    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "process", "serving", "testing", "virtual_clock"},
+    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox"}
+    | {"process", "serving", "testing", "virtual_clock"},
     {"messages", "task", "config", "progress", "errors", "wire", "audit"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.

@@ -36,8 +36,8 @@ class ModelConfig(_Section, frozen=True):
     threads: int = 1
     """Threads of each of the two processes that compute, the engine and the learner."""
     pool: int | None = None
-    """Threads that the two share: the engine has all of them while the trainer waits for a batch, and gives `threads` of
-    them up for each update. None: each keeps its own."""
+    """Threads that the two share: the engine has all of them while the trainer waits for a batch, and gives `threads`
+    of them up for each update. None: each keeps its own."""
     precision: Precision = "float32"
     """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
@@ -51,8 +51,8 @@ class TasksConfig(_Section, frozen=True):
     families: int = 60
     """Tasks of wholly unseen families, evaluated beside the held-out ones; procedural tasks only."""
     selection: Selection = "all"
-    """All tasks of the stream in turn, or each with a chance that is the share of recent failures at its kind (family
-    and level; "unsolved"), or that is highest where half succeed ("moderate"); at least a tenth. None is taken twice."""
+    """All tasks of the stream in turn; or each with a chance, a tenth at least, by how its kind (family, level) goes:
+    the share of recent failures, or highest where half succeed. None is taken twice."""
     seed: int = 0
 
 
@@ -108,10 +108,10 @@ class RolloutConfig(_Section, frozen=True):
     concurrency: int = 64
     """Episodes at once, at most."""
     adaptive: bool = False
-    """Fewer episodes at once than `concurrency` while turns queue in the engine, its cache is full or the machine has no
-    memory for another sandbox."""
+    """Fewer episodes at once than `concurrency` while turns queue in the engine, its cache is full or the machine has
+    no memory for another sandbox."""
     engine_rows: int | None = None
-    """Sequences that the engine computes at once; None: `concurrency`. Fewer where episodes mostly wait for their tools."""
+    """Sequences that the engine computes at once; None: `concurrency`. Fewer where episodes mostly wait for tools."""
     versions: Literal["token", "turn"] = "token"
     """New weights take effect between two tokens, or between two turns."""
     turn_drain_s: float = 5.0
@@ -224,8 +224,8 @@ class RunConfig(_Section, frozen=True):
         _positive(self.model, "model", "threads")
         if self.model.pool is not None and self.model.pool <= self.model.threads:
             raise ValueError(
-                f"model.pool is {self.model.pool}, but an update takes model.threads = {self.model.threads} of it and at "
-                "least one is the engine's: make the pool larger, or leave it out"
+                f"model.pool is {self.model.pool}, but an update takes model.threads = {self.model.threads} of it and "
+                "at least one is the engine's: make the pool larger, or leave it out"
             )
         _positive(self.sandbox, "sandbox", "memory_mb", "pids")
         if self.sandbox.kind == "docker" and self.sandbox.image is None:
@@ -269,15 +269,15 @@ class RunConfig(_Section, frozen=True):
             raise ValueError(f"rollout.engine_rows must be positive, got {self.rollout.engine_rows}")
         if self.rollout.extra_groups and self.rollout.on_stale == "wait":
             raise ValueError(
-                'rollout.extra_groups keeps the groups that finish first, but rollout.on_stale = "wait" takes them in the '
-                'order of their start: use on_stale = "discard", or no extra groups'
+                'rollout.extra_groups keeps the groups that finish first, but rollout.on_stale = "wait" takes them in '
+                'the order of their start: use on_stale = "discard", or no extra groups'
             )
         if self.rollout.straggler_s is not None and not 0 < self.rollout.straggler_s < math.inf:
             raise ValueError(f"rollout.straggler_s must be positive and finite, got {self.rollout.straggler_s}")
         if self.rollout.straggler_factor is not None and not 2 <= self.rollout.straggler_factor < math.inf:
             raise ValueError(
-                f"rollout.straggler_factor must be at least 2, got {self.rollout.straggler_factor}: a median of what was "
-                "not ended would shrink from round to round"
+                f"rollout.straggler_factor must be at least 2, got {self.rollout.straggler_factor}: a median of what "
+                "was not ended would shrink from round to round"
             )
         if self.rollout.group_size < 2 and self.algorithm.baseline in ("group_mean", "group_norm", "leave_one_out"):
             raise ValueError(

@@ -373,16 +373,8 @@ class Run:
         return {
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
             "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
-            "episodes_running": float(self._episodes.running),
-            "episodes_allowed": float(self._episodes.limit),
             "turns_restarted": float(self._policy.restarted if isinstance(self._policy, TurnwisePolicy) else 0),
-        } | self._engine_load()
-
-    def _engine_load(self) -> dict[str, float]:
-        seen = self._concurrency.seen if self._concurrency is not None else None
-        if seen is None:
-            return {}
-        return {"engine_running": float(seen.running), "engine_waiting": float(seen.waiting), "engine_s": seen.busy_s}
+        } | (self._concurrency.load() if self._concurrency is not None else {})
 
     def _sandbox_room(self) -> int:
         """How many more sandboxes this machine has memory for, if each uses all that it may."""

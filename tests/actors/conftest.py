@@ -83,9 +83,7 @@ class Loop:
         self.episodes = Episodes(concurrency)
         self.policy = FakePolicy(load_s=load_s)
         self.learner = FakeLearner(self.policy, **learner)
-        self.envs = ScriptedEnvs(
-            script, self.policy, concurrency=concurrency, watch=self.check, episodes=self.episodes
-        )
+        self.envs = ScriptedEnvs(script, self.policy, concurrency=concurrency, watch=self.check, episodes=self.episodes)
         self.updates: list[Update] = []
         self.stop = Stop()
         self.trained_before = 0  # in earlier lives of the run

@@ -84,6 +84,18 @@ class Concurrency(Actor):
         self.seen: EngineStatistics | None = None
         """What the engine said last."""
 
+    def load(self) -> dict[str, float]:
+        """For the record of an update."""
+        places = {"episodes_running": float(self._episodes.running), "episodes_allowed": float(self._episodes.limit)}
+        if self.seen is None:
+            return places
+        seen = self.seen
+        return places | {
+            "engine_running": float(seen.running),
+            "engine_waiting": float(seen.waiting),
+            "engine_s": seen.busy_s,
+        }
+
     async def started(self) -> None:
         if self._adaptive:
             self._episodes.limit = max(1, self._most // 2)

@@ -33,8 +33,8 @@ Play = Callable[[Rollout], Awaitable[Trajectory]]
 
 
 class EnvManager(Actor):
-    """`play` None: episodes are those of the built-in agent loop. One whose caller has gone ends at once: its row in the
-    engine, its sandbox and its place are free again."""
+    """`play` None: episodes are those of the built-in agent loop. One whose caller has gone ends at once: its row in
+    the engine, its sandbox and its place are free again."""
 
     cancel_abandoned = True
 

@@ -4,7 +4,7 @@ A rollout whose reward cannot be trusted is replaced at once by a new one from t
 policy, so a group never comes up short; a group without a gradient is dropped and its slot goes to the next task.
 
 What is not needed ends at once: members beyond `group_size` when the group is full, and a group of which something is
-too old for any batch to come. Their rollouts are cancelled, and booked as dropped with the tokens that they had sampled.
+too old for any batch to come. Their rollouts are cancelled, and booked as dropped with the tokens that they sampled.
 
 In a resumed run the groups that were under way come first: what had finished in them is kept, what had not runs again
 under its own name, with its own seed.

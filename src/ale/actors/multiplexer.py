@@ -1,7 +1,7 @@
 """Train-rollout multiplexing: one pool of devices, all of it for rollouts but during an update.
 
 Rollout demand peaks after new weights and falls into a valley of stragglers; training is a short burst. So all devices
-start on rollouts, *shrink* moves a fixed part of them to the trainer when it has its batch, and *expand* gives them back
+start on rollouts, *shrink* moves a fixed part of them to the trainer when it has its batch, and *expand* gives it back
 after the update (arXiv 2512.24873, 3.1). `share` decides, a pure function of demand; `Devices` carries it out.
 
 On CPU a device is a thread of the engine. On GPUs it would be an engine that sleeps and wakes; there is none yet.

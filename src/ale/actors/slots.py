@@ -1,4 +1,4 @@
-"""Slots bound how many groups exist between their start and the update that used them; what flows back to the generator.
+"""Slots bound how many groups exist between their start and the update that used them.
 
 There are `groups_per_step * (max_lag + 1)`, and `extra_groups` more. A slot is taken before a group starts and given
 back when the weights that were trained on it are live, or when the group is dropped. What flows back to the generator

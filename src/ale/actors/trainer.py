@@ -69,7 +69,7 @@ class Learner(Protocol):
 
 class Trainer(Actor):
     """`after` sees each update before the next begins, for records and evaluation. With `stop` the trainer ends
-    between two updates, or while it waits for a batch. `devices` are shared with the rollouts; None: each has its own."""
+    between two updates, or while it waits for a batch. `devices` are shared with rollouts; None: each has its own."""
 
     def __init__(
         self,

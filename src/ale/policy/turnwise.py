@@ -1,8 +1,8 @@
 """A policy whose turns are of one version each (`rollout.versions = "turn"`).
 
-New weights wait for the turns that are being generated, up to `drain_s`; meanwhile none begins. A turn that lasts longer
-is abandoned and generated again, from its first token, under the new weights: nothing of it was given to anybody, so
-nothing that is on record is lost, and `restarted` counts what it cost.
+New weights wait for the turns that are being generated, up to `drain_s`; meanwhile none begins. A turn that lasts
+longer is abandoned and generated again, from its first token, under the new weights. Nobody had been given anything of
+it, so nothing that is on record is lost; `restarted` counts how often it happened.
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ class Lognormal(msgspec.Struct, frozen=True, kw_only=True):
     def draw(self, rng: random.Random) -> Episode:
         seconds = self.seconds(rng)
         if rng.random() < self.crashes:
-            return Episode(
-                tools_s=seconds * rng.random(), tokens=1, turns=1, reward=None, status="sandbox_failure"
-            )
+            return Episode(tools_s=seconds * rng.random(), tokens=1, turns=1, reward=None, status="sandbox_failure")
         reward = float(rng.random() < self.solved)
         return Episode(tools_s=seconds, tokens=self.tokens, turns=self.turns, reward=reward)
 

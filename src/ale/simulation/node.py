@@ -21,7 +21,8 @@ _PIECES = 8  # of a turn: new weights take effect between two
 class Node(msgspec.Struct, frozen=True, kw_only=True):
     """`Node(token_s=0.002, row_s=0.0004, step_s=6, sync_s=0.3)`: what its devices need.
 
-    One more token for each of n running sequences takes `token_s + n * row_s`, an update `step_s`, new weights `sync_s`.
+    One more token for each of n running sequences takes `token_s + n * row_s`, an update `step_s`, new weights
+    `sync_s`.
     With a pool (`model.pool`) these are the times when all of the pool, or all that the update may have, works on it.
     """
 
