@@ -1,7 +1,8 @@
 """Asynchronous against synchronous training where environments have a long tail: episodes per hour, held-out success.
 
-    python -m bench.async            about 20 minutes on two cores
-    python -m bench.async smoke      whether it runs: a few updates of one seed, no figures written
+    python -m bench.async                        about 20 minutes on two cores
+    python -m bench.async --model M --seeds 0    from a model that is warm already; one pair
+    python -m bench.async --smoke                whether it runs: a few updates of one seed, no figures written
 
 The nano job of `examples/nano.toml`, from one warm-started model, with the same batch (32), places for episodes (32),
 cores and engine in every mode:
@@ -20,12 +21,12 @@ An episode counts when it ended by itself: what was ended as redundant, straggli
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import math
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -167,13 +168,18 @@ class Places:
 
 
 def main() -> None:
-    smoke = sys.argv[1:] == ["smoke"]
-    size = SMOKE if smoke else Size()
+    arguments = argparse.ArgumentParser(prog="bench.async")
+    arguments.add_argument("--smoke", action="store_true")
+    arguments.add_argument("--model", type=Path, help="a warm-started model; without it one is made")
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    chosen = arguments.parse_args()
+    size = SMOKE if chosen.smoke else Size(seeds=tuple(chosen.seeds))
     with tempfile.TemporaryDirectory() as folder:
-        warm = configured(folder, "warm", size, "learner.updates=0", *size.warm)
-        started = asyncio.run(train(warm))
-        model = f"model.path={Path(folder) / 'warm' / 'checkpoints' / 'final'}"
-        print(f"warm start: {started.heldout_after}", flush=True)
+        if chosen.model is None:
+            warm = configured(folder, "warm", size, "learner.updates=0", *size.warm)
+            print(f"warm start: {asyncio.run(train(warm)).heldout_after}", flush=True)
+            chosen.model = Path(folder) / "warm" / "checkpoints" / "final"
+        model = f"model.path={chosen.model.resolve()}"
         measured: dict[str, list[Measured]] = {mode: [] for mode in MODES}
 
         def job(mode: str, seed: int) -> None:
@@ -196,7 +202,7 @@ def main() -> None:
         for number, seed in enumerate(size.seeds):
             for mode in MODES if number % 2 == 0 else reversed(MODES):
                 job(mode, seed)
-        if smoke:
+        if chosen.smoke:
             return
         with benchmark("async", pairs=len(size.seeds)) as bench:
             rows(bench, measured)

@@ -22,10 +22,11 @@ _SLACK_S = 60.0
 
 def rollout_deadline_s(config: RunConfig) -> float:
     """The longest wait for one rollout: every one before it, of training and of an evaluation, may run into its
-    time-out. An evaluation has at most twice `rollout.concurrency` of them at once."""
+    time-out. An evaluation has at most twice `rollout.concurrency` of them at once; an adaptive run may be down to one
+    place."""
     c = config.rollout
     training = count_slots(c) * (c.group_size + c.extra_members)
-    rounds = 1 + (training + 2 * c.concurrency) / c.concurrency
+    rounds = 1 + (training + 2 * c.concurrency) / (1 if c.adaptive else c.concurrency)
     return config.agent.episode_timeout_s * rounds + _SLACK_S
 
 

@@ -107,6 +107,8 @@ class Trainer(Actor):
         batch = await self._stop.unless(self.bus.ask("buffer", request, deadline_s=deadline_s))
         taken = clock.time()
         lag = version - min(g.oldest_version for g in batch.groups)
+        if not 0 <= lag <= self._config.rollout.max_lag:
+            raise AssertionError(f"the batch to train version {version} on has a token that is {lag} updates old")
         async with self._devices.training(), self.bus.waiting(f"the learner: update {number}"):
             metrics = await self._learner.ask(
                 train_step(batch.groups, self._config), deadline_s=self._config.learner.step_deadline_s
