@@ -192,7 +192,7 @@ def test_a_kill_after_any_record_of_a_run_with_extras_drops_each_redundant_rollo
         check(again, lives, 3)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     kills=st.lists(st.integers(0, 25), max_size=20),
     max_lag=st.integers(0, 2),
