@@ -57,7 +57,8 @@ class Worker:
                         if self._actor.cancel_abandoned:
                             self._cancel_when_abandoned(envelope)
                         answer = await receive(envelope.message)
-                        self._taken_back()
+                        if self._revoked:
+                            self._taken_back()
                         self._answer(envelope, answer)
                 except asyncio.CancelledError as error:
                     revoked = self._taken_back()
