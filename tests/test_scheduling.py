@@ -40,7 +40,7 @@ demonstrations = 2
 batch = 2
 [agent]
 max_turns = 2
-max_turn_tokens = 40
+max_turn_tokens = 12
 max_context_tokens = 400
 [rollout]
 group_size = 2
