@@ -12,8 +12,8 @@ cores and engine in every mode:
     async_redundant    the same, eight groups more than needed, and stragglers ended at eight times the median
     sync_redundant     max_lag 0, sixteen groups more than needed
 
-What differs from the plain job is the environment: the first command of an episode takes a lognormal time, median 0.75 s
-and p99 over p50 of 20 (1.7 s in the mean), and 2% of them end with a crashed sandbox. It is most of an episode's
+What differs from the plain job is the environment: the first command of an episode takes a lognormal time, median
+0.75 s and p99 over p50 of 20 (1.7 s in the mean), and 2% of them end with a crashed sandbox. It is most of an episode's
 time, as in agentic RL. Held-out tasks are played without it, after the same number of updates. Each seed is one pair of
 each mode with `sync`.
 
