@@ -185,6 +185,38 @@ def test_places_are_given_in_order_and_none_is_lost_to_a_cancellation() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("cancel_first", [True, False])
+def test_a_wait_cancelled_in_the_moment_in_which_a_place_is_free_leaves_nothing_behind(cancel_first: bool) -> None:
+    async def scenario() -> None:
+        episodes, leave = Episodes(1), asyncio.Event()
+
+        async def holder() -> None:
+            async with episodes.place("holder"):
+                await leave.wait()
+
+        async def waiter(n: int) -> None:
+            async with episodes.place(f"w{n}"):
+                pass
+
+        held = asyncio.create_task(holder())
+        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(waiter(n)) for n in range(2)]
+        await asyncio.sleep(0)
+        if cancel_first:
+            waiting[0].cancel()
+        leave.set()
+        await asyncio.sleep(0)
+        if not cancel_first:
+            waiting[0].cancel()
+        ended = await asyncio.gather(held, *waiting, return_exceptions=True)
+        assert [type(e) for e in ended] == [type(None), asyncio.CancelledError, type(None)]
+        assert episodes.running == episodes.waiting == 0
+        async with asyncio.timeout(1), episodes.place("another"):
+            pass
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 4)])
 def test_a_limit_that_moves_ends_nothing_and_lets_in_as_many_as_it_says(before: int, after: int) -> None:
     async def scenario() -> None:

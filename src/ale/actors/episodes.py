@@ -73,7 +73,7 @@ class Episodes:
             except asyncio.CancelledError:
                 if mine.done() and not mine.cancelled():  # given in the very moment of the cancellation
                     self._promised -= 1
-                else:
+                elif mine in self._waiting:  # else it was passed over already
                     self._waiting.remove(mine)
                 self._give()
                 raise
