@@ -16,6 +16,7 @@ from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots, count_slots
 from ale.actors.stop import Stop
 from ale.actors.trainer import Trainer, Update
+from ale.algorithm.filters import Reason
 from ale.bus import Bus
 from ale.config import RunConfig
 from ale.data.task_stream import TaskStream
@@ -27,6 +28,7 @@ from ale.task import Task
 from ale.virtual_clock import run
 
 _FILLING = 3  # updates left out of every figure: the pipeline fills up
+_WASTED = (Reason.REDUNDANT, Reason.STRAGGLER, Reason.STALE)
 _HOPELESS = 300  # groups for each that is wanted: the episodes give the trainer nothing
 
 
@@ -36,7 +38,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     updates: int
     seconds: float
     episodes_per_hour: float
-    """Ended: trained on, or dropped with a reason."""
+    """That came to their own end in time: not what was ended early, or was too old."""
     trained_per_hour: float
     updates_per_hour: float
     lag_mean: float
@@ -144,7 +146,7 @@ def _predicted(
     return Prediction(
         updates=len(made),
         seconds=seconds,
-        episodes_per_hour=ended / seconds * 3600,
+        episodes_per_hour=(ended - sum(dropped.get(reason, 0) for reason in _WASTED)) / seconds * 3600,
         trained_per_hour=(last.trained - first.trained) / seconds * 3600,
         updates_per_hour=len(made) / seconds * 3600,
         lag_mean=statistics.fmean(lags) if lags else 0.0,
