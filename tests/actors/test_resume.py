@@ -19,6 +19,7 @@ from ale.actors.generator import seed_of
 from ale.actors.ledger import Ledger
 from ale.actors.slots import Slots
 from ale.actors.trainer import Update, redo
+from ale.algorithm.selection import Outcomes
 from ale.data.books import Books
 from ale.data.events import Event, Recorded
 from ale.data.task_stream import TaskStream
@@ -226,6 +227,29 @@ def test_twenty_kills_at_any_records_lose_nothing(
     disk, lives = kill_and_resume(loop, kills, **schedule)
     check(disk, lives, 5)
     assert all(0 <= lag <= max_lag for life in lives for lag in life.tried.learner.lags)
+
+
+@pytest.mark.parametrize("selection", ["unsolved", "moderate"])
+def test_a_resumed_run_goes_on_choosing_tasks_by_what_it_has_seen(loop: Any, selection: Any) -> None:
+    def script(rollout: Rollout) -> Play:
+        solved = rollout.task.family == "odd" or rollout.sampling.seed >> 10 & 1
+        return Play(reward=float(solved), latency_s=1.0)
+
+    schedule = SCHEDULE | {"script": script, "selection": selection, "baseline": "none", "updates": 12}
+    disk, lives = kill_and_resume(loop, [40, 30], **schedule)
+    assert len(lives) == 3
+    opened = [e for e in disk.events(0) if type(e).__name__ == "GroupOpened"]
+    drawn = [e.drawn for e in opened]
+    assert drawn == sorted(set(drawn))  # none twice, in the order of the stream
+    assert drawn[-1] > 1.3 * len(drawn)  # many were passed over
+    odd = [int(e.task[1:]) % 2 for e in opened]
+    assert sum(odd[len(odd) // 2 :]) / len(odd[len(odd) // 2 :]) < 0.35  # those that are always solved, most of them
+    books, outcomes = lives[-1].books, {}
+    for event in disk.events(0):
+        if type(event).__name__ == "RolloutKept":
+            kind = f"{event.trajectory.family}/{event.trajectory.level}"
+            outcomes[kind] = outcomes.get(kind, Outcomes()).after(event.solved)
+    assert books.outcomes == outcomes
 
 
 def test_a_stop_while_a_batch_is_awaited_is_heard_at_once_and_drops_nothing(loop: Any) -> None:
