@@ -8,7 +8,7 @@ itself, at the positions it would have alone, so that every number is that of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,17 @@ class MicroBatch:
     def tokens(self) -> int:
         """Of all sequences, prompts counted for each."""
         return sum(len(places) for places in self.places_N)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, places_N=tuple(places.to(device) for places in self.places_N), **moved)
 
 
 def split(
