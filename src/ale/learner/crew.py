@@ -75,7 +75,9 @@ class Crew:
             try:
                 connection.sendall(frame)
             except OSError as error:
-                raise LearnerError(f"rank {rank} of the learner does not take {type(request).__name__}: {error}") from error
+                raise LearnerError(
+                    f"rank {rank} of the learner does not take {type(request).__name__}: {error}"
+                ) from error
 
     def _watch(self) -> None:
         pidfds = {os.pidfd_open(process.pid): rank for rank, (process, _) in enumerate(self._members, start=1)}
@@ -89,8 +91,8 @@ class Crew:
         code = process.wait()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         end_with(
-            f"rank {pidfds[fd]} of the learner's {self.size} ended ({how}; process {process.pid}). No update can be made "
-            "without it, so the learner ends."
+            f"rank {pidfds[fd]} of the learner's {self.size} ended ({how}; process {process.pid}). No update can be "
+            "made without it, so the learner ends."
         )
 
 

@@ -36,7 +36,8 @@ from ale.messages import (
 from ale.process import serve
 
 REQUESTS = (TrainStep, Imitate, StartPolicyOptimization, SaveModel, SaveState)
-# A collective that waits for too long is an error of the ranks, which know more of it than whoever asked: it comes first.
+# Of the deadline: a collective that waits for too long is an error of the ranks, which know more of it than whoever
+# asked, so theirs comes first.
 _PATIENCE = 0.9
 
 
