@@ -628,3 +628,15 @@ def test_micro_batches_keep_to_their_budget_and_lose_no_sequence() -> None:
     for batch in batches:
         for i, places in zip(batch.index, batch.places_N, strict=True):
             assert batch.ids_BT.flatten()[places].tolist() == tokens[i].numpy().tolist()
+
+
+def test_rows_are_cut_where_padding_costs_more_than_another_micro_batch() -> None:
+    tokens = [Array.of(np.arange(n), "int32") for n in (10, 11, 12, 400, 410)]
+
+    def cut(overhead: int) -> list[list[int]]:
+        return [sorted(b.index) for b in split(tokens, [()] * 5, 10_000, overhead=overhead)]
+
+    assert cut(256) == [[0, 1, 2], [3, 4]]
+    assert cut(0) == [[0], [1], [2], [3], [4]]
+    assert cut(1 << 40) == [[0, 1, 2, 3, 4]]
+    assert [b.ids_BT.numel() for b in split(tokens, [()] * 5, 30, overhead=256)] == [10, 24, 400, 410]

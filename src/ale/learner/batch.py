@@ -19,6 +19,9 @@ from ale.kernels.routing_replay import NOT_RECORDED
 from ale.messages import Chunk
 from ale.wire import Array
 
+OVERHEAD = 256
+"""What a micro-batch costs besides its tokens, in tokens (docs/learner.md)."""
+
 Ints = npt.NDArray[np.int64]
 Experts = npt.NDArray[np.int16]
 
@@ -69,10 +72,12 @@ def split(
     micro_tokens: int,
     *,
     width: int | None = None,
+    overhead: int = OVERHEAD,
     experts_N: Sequence[Array | None] | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches of at most `micro_tokens` padded tokens (or one row), of similar lengths each.
 
+    Rows are cut into micro-batches so that what padding costs, and `overhead` tokens for each micro-batch, is least.
     `width` is the model's hidden size, which decides when sharing a prompt pays; None: no prompt is shared.
     `experts_N` are the recorded experts [T, L, J] of the first T tokens of each sequence. Sequences whose records of a
     prompt differ do not share it.
@@ -82,13 +87,28 @@ def split(
     rows = [_Row(len(prompt), members) for prompt, members in _by_prompt(tokens, chunks_N, experts)]
     rows = [part for row in rows for part in row.parts([len(t) for t in tokens], width, micro_tokens)]
     rows.sort(key=lambda row: row.length)
-    groups: list[list[_Row]] = []
-    for row in rows:
-        if groups and (len(groups[-1]) + 1) * row.length <= micro_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    groups = _cut(rows, micro_tokens, overhead)
     return [_pack(group, tokens, chunks_N, experts) for group in groups]
+
+
+def _cut(rows: list[_Row], micro_tokens: int, overhead: int) -> list[list[_Row]]:
+    """Runs of rows (sorted by length, so the last is the longest) of the least cost in all."""
+    cost, begins = [0], [0]
+    for end, last in enumerate(rows, start=1):
+        choices = []
+        for begin in range(end - 1, -1, -1):
+            cells = (end - begin) * last.length
+            if begin < end - 1 and cells > micro_tokens:
+                break
+            choices.append((cost[begin] + cells + overhead, begin))
+        best, begin = min(choices)
+        cost.append(best)
+        begins.append(begin)
+    groups, end = list[list[_Row]](), len(rows)
+    while end:
+        groups.append(rows[begins[end] : end])
+        end = begins[end]
+    return groups[::-1]
 
 
 @dataclass

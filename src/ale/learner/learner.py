@@ -24,7 +24,7 @@ from ale.algorithm.layout import Layout, Segments
 from ale.algorithm.objectives import Objective, objective
 from ale.config import Precision
 from ale.errors import LearnerError
-from ale.learner.batch import MicroBatch, split
+from ale.learner.batch import OVERHEAD, MicroBatch, split
 from ale.learner.forward import PolicyModel, is_moe
 from ale.learner.lora import save_adapters
 from ale.learner.old import OldLogp, PolicyOld
@@ -106,6 +106,8 @@ class Learner:
             temperature=settings.temperature,
             leave_fresh=not self._moe,
         )
+        # A sharded model is gathered for each micro-batch: as few of them as there can be.
+        self._overhead = OVERHEAD if self.ranks.size == 1 else 1 << 40
         self.optimizer = self._new_optimizer()
         self.steps = 0
         self.versions.publish(0)
@@ -238,7 +240,7 @@ class Learner:
         width, micro_tokens = self.model.config.hidden_size, self.settings.micro_tokens
         batches, error = list[MicroBatch](), None
         try:
-            batches = split(tokens_N, chunks_N, micro_tokens, width=width, experts_N=experts_N)
+            batches = split(tokens_N, chunks_N, micro_tokens, width=width, overhead=self._overhead, experts_N=experts_N)
         except ValueError as wrong:
             error = wrong
         self.ranks.agree(error)
