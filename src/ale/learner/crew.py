@@ -52,7 +52,9 @@ class Crew:
         threading.Thread(target=self._watch, name="watch of the ranks", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ending = True
         for _, connection in self._members:
             connection.close()

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ale.errors import LearnerError
@@ -43,7 +44,7 @@ class Ranks:
         if device == "cuda":
             torch.cuda.set_device(own)
         timeout = timedelta(seconds=deadline_s)
-        dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
         return cls(rank, size, own, init_device_mesh(device, (size,)), dist.group.WORLD)
 
     def gather(self, value: T) -> list[T]:

@@ -134,7 +134,7 @@ class Updater:
                         router_total += float(router.detach()) * share
                     statistics.append(result.statistics())
                 clock.lap("forward_s")
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 clock.lap("backward_s")
         z = goal.normalizer(self._total(counted))
         scale = goal.normalizer(count) / z if z else 1.0
