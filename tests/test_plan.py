@@ -71,6 +71,7 @@ def test_memory_of_weights_gradients_and_optimizer_is_split_over_the_ranks(qwen:
     assert sizes["gathered: two layers"] == 2 * 2 * qwen.layer
     one = 4 * 2048 * 48 + layer_activations(qwen, 2) + 8 * 2 * (4 * 768 + 2048)
     assert sizes["activations, 1024 tokens"] == 1024 * one
+    assert sizes["mask of shared prompts"] == 1024 * 1024 * 5
 
 
 def test_the_flops_of_an_update_are_six_for_each_weight_and_token(qwen: ModelShape) -> None:
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_said_with_what_would(qwen: ModelShape) -> None:
     for tokens, well in ((fits, True), (fits + 1, False)):
         c = config(
             model={"precision": "bfloat16"},
-            agent={"max_context_tokens": 1},
+            agent={"max_context_tokens": tokens},
             learner={"ranks": 8, "micro_tokens": tokens, "activation_checkpointing": True},
         )
         assert training(c, qwen, limit).fits == well

@@ -9,6 +9,7 @@ from peak figures and assumed shares of them; the environment's own time is not 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import Literal
 
 import msgspec
@@ -136,6 +137,11 @@ def activations(shape: ModelShape, tokens: int, product: int, checkpointing: boo
     return tokens * (per_token + work)
 
 
+def mask(tokens: int, context: int) -> int:
+    """Bytes of the mask [T, T] of rows that share a prompt: which positions see each other, and the same as numbers."""
+    return tokens * context * (1 + MASTER)
+
+
 def kv_bytes(shape: ModelShape, product: int) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_width * product
 
@@ -174,6 +180,8 @@ def training(config: RunConfig, shape: ModelShape, limit: int) -> Phase:
         lines.append(Line("rounded copies of weights", product * (shape.parameters - shape.outside)))
     tokens = micro_batch(config)
     lines.append(Line(f"activations, {tokens} tokens", activations(shape, tokens, product, c.activation_checkpointing)))
+    if config.rollout.group_size > 1:
+        lines.append(Line("mask of shared prompts", mask(tokens, config.agent.max_context_tokens)))
     return Phase("training", tuple(lines), limit)
 
 
@@ -238,12 +246,18 @@ def _on_gpus(config: RunConfig, shape: ModelShape, devices: Devices) -> Plan:
 def _cure(config: RunConfig, shape: ModelShape, train: Phase) -> str:
     """What would make training fit."""
     c, product = config.learner, 2 if config.model.precision == "bfloat16" else 4
-    free = train.limit - (train.total - train.lines[-1].size)
-    if free <= 0:
+    context = config.agent.max_context_tokens
+
+    def size(tokens: int) -> int:
+        masks = mask(tokens, min(tokens, context)) if config.rollout.group_size > 1 else 0
+        return activations(shape, tokens, product, c.activation_checkpointing) + masks
+
+    free = train.limit - train.total + size(micro_batch(config))
+    fits = bisect_right(range(1, micro_batch(config)), free, key=size)
+    if not fits:
         return "training does not fit whatever the batch: use more GPUs, or learner.lora_rank"
-    one = activations(shape, 1, product, c.activation_checkpointing)
-    said = f"training does not fit; {free // one} tokens in a micro-batch would: lower "
-    said += "agent.max_context_tokens" if config.agent.max_context_tokens > free // one else "learner.micro_tokens"
+    said = f"training does not fit; {fits} tokens in a micro-batch would: lower "
+    said += "agent.max_context_tokens" if context > fits else "learner.micro_tokens"
     return said if c.activation_checkpointing else said + ", or set learner.activation_checkpointing"
 
 

@@ -77,7 +77,7 @@ def describe(plan: Plan, config: RunConfig) -> list[str]:
             f"{plan.tensor_parallel} GPUs on the same GPUs, asleep while it trains"
         )
     else:
-        lines.append(f"layout       {config.learner.ranks} ranks of the learner, the embedded engine beside them")
+        lines.append(f"layout       the learner (learner.ranks {config.learner.ranks}), the embedded engine beside it")
     for phase in plan.phases:
         lines += _phase(phase, "each GPU" if plan.devices.kind == "cuda" else "this machine")
     for line in plan.host:
@@ -88,7 +88,7 @@ def describe(plan: Plan, config: RunConfig) -> list[str]:
     )
     total = sum(plan.flops.values())
     parts = ", ".join(f"{name} {value / total:.0%}" for name, value in plan.flops.items() if value)
-    lines.append(f"an update    {_count(plan.tokens)} tokens at most, {total / 1e15:.3g} PFLOP: {parts}")
+    lines.append(f"an update    {_count(plan.tokens)} tokens at most, {_flop(total)}: {parts}")
     if plan.seconds:
         lines.append(
             f"estimate     at {COMPUTE_SHARE:.0%} of the peak in products and {MEMORY_SHARE:.0%} of memory's, every "
@@ -131,6 +131,10 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
+
+
+def _flop(number: float) -> str:
+    return f"{number / 1e15:.3g} PFLOP" if number >= 1e14 else f"{number / 1e12:.3g} TFLOP"
 
 
 def _gib(size: int) -> str:

@@ -41,7 +41,7 @@ class Crew:
             ours.settimeout(self._settings.learner.step_deadline_s)
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "ale.learner.rank_process", str(theirs.fileno())],
+                    [sys.executable, "-m", "ale.learner.rank_process", str(theirs.fileno()), str(os.getpid())],
                     pass_fds=(theirs.fileno(), self._settings.weights_fd, self._store_fd),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

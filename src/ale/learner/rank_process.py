@@ -1,8 +1,9 @@
-"""A learner's rank other than the first: `python -m ale.learner.rank_process FD`. Does what rank 0 does, and answers
+"""A learner's rank other than the first: `python -m ale.learner.rank_process FD PARENT`. Does what rank 0 does, and answers
 nothing: what comes of an update is the same on all of them, and rank 0 tells it."""
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from contextlib import suppress
@@ -17,8 +18,10 @@ from ale.messages import OpenRank
 from ale.process import Requests
 
 
-def main(fd: int) -> None:
+def main(fd: int, parent: int) -> None:
     requests = Requests(fd, (OpenRank, *REQUESTS))
+    if os.getppid() != parent:  # it died before its death would end this process
+        return
     with suppress(EOFError):  # rank 0 has ended
         ((_, opening),) = requests.take(block=True)
         try:
@@ -36,4 +39,4 @@ def main(fd: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -99,8 +99,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     """This rank's rows of a whole tensor of that shape, sharded as the parameter is."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor.to(parameter.device) if tensor.shape == parameter.shape else tensor
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:  # a counter of steps has no rows
+        return tensor.to(parameter.device)
     own = tensor[rows(parameter)].clone().to(parameter.to_local().device)
     return DTensor.from_local(
         own, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
