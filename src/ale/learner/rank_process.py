@@ -1,5 +1,7 @@
-"""A learner's rank other than the first: `python -m ale.learner.rank_process FD PARENT`. Does what rank 0 does, and answers
-nothing: what comes of an update is the same on all of them, and rank 0 tells it."""
+"""A learner's rank other than the first: `python -m ale.learner.rank_process FD PARENT`.
+
+Does what rank 0 does and answers nothing: what comes of an update is the same on all of them, and rank 0 tells it.
+"""
 
 from __future__ import annotations
 
