@@ -169,6 +169,19 @@ class LearnerConfig(_Section, frozen=True):
     """Updates between models to keep, as Hugging Face directories in checkpoints/; 0: only at the end."""
     step_deadline_s: float = 600.0
     """The longest that one request to the learner may take."""
+    ranks: int = 1
+    """Processes that make each update together (docs/learner.md): weights, gradients and optimizer are sharded over
+    them, samples dealt out by tokens. An update is the same for any number. `model.threads` is that of each."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the learner computes; with "cuda" rank k has device k. Not yet run on a GPU."""
+    activation_checkpointing: bool = False
+    """Layers keep their inputs only and are computed again in the backward: less memory, a third more work."""
+    lora_rank: int = 0
+    """Train adapters of this rank (LoRA by peft, the extra `lora`) instead of the weights; 0: the weights."""
+    lora_alpha: float = 0.0
+    """What B A is scaled by, times the rank; 0: twice the rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of the linear layers that get adapters."""
 
 
 class EvalConfig(_Section, frozen=True):
@@ -235,7 +248,9 @@ class RunConfig(_Section, frozen=True):
                 f'sandbox.image and sandbox.runtime need sandbox.kind = "docker", not "{self.sandbox.kind}"'
             )
         _positive(
-            self.learner, "learner", "max_grad_norm", "epochs", "micro_tokens", "step_deadline_s", "checkpoint_every"
+            self.learner,
+            "learner",
+            *("max_grad_norm", "epochs", "micro_tokens", "step_deadline_s", "checkpoint_every", "ranks"),
         )
         for value, name in (
             (self.rollout.max_lag, "rollout.max_lag"),
@@ -245,6 +260,8 @@ class RunConfig(_Section, frozen=True):
             (self.learner.updates, "learner.updates"),
             (self.learner.learning_rate, "learner.learning_rate"),
             (self.learner.export_every, "learner.export_every"),
+            (self.learner.lora_rank, "learner.lora_rank"),
+            (self.learner.lora_alpha, "learner.lora_alpha"),
             (self.rollout.temperature, "rollout.temperature"),
             (self.eval.temperature, "eval.temperature"),
             (self.tasks.heldout, "tasks.heldout"),

@@ -347,6 +347,17 @@ class OpenLearner(Request[Opened], frozen=True):
     precision: Precision = "float32"
 
 
+class OpenRank(Message, frozen=True):
+    """`OpenRank(settings=OpenLearner(...), rank=1, store="/proc/self/fd/9")`: what rank 0 of a learner tells another.
+
+    `store` is the file in which the ranks find each other.
+    """
+
+    settings: OpenLearner
+    rank: int
+    store: str
+
+
 class StartPolicyOptimization(Request[None], frozen=True):
     """`StartPolicyOptimization()`: the warm start is over; the optimizer starts afresh."""
 

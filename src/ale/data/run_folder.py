@@ -50,6 +50,9 @@ _MAY_CHANGE = {
     "learner.checkpoint_every",
     "learner.export_every",
     "learner.step_deadline_s",
+    "learner.ranks",
+    "learner.device",
+    "learner.activation_checkpointing",
 }
 
 
