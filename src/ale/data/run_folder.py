@@ -48,6 +48,9 @@ _MAY_CHANGE = {
     "runs_dir",
     "rollout.concurrency",
     "rollout.batch_deadline_s",
+    "rollout.adaptive",
+    "rollout.engine_rows",
+    "eval.beside",
     "learner.updates",
     "learner.checkpoint_every",
     "learner.export_every",
@@ -57,6 +60,9 @@ _MAY_CHANGE = {
     "watchdog.restarts",
     "metrics.prometheus_port",
     "metrics.timeline_mb",
+    "learner.ranks",
+    "learner.device",
+    "learner.activation_checkpointing",
 }
 
 

@@ -11,7 +11,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from ale.errors import PolicyError
-from ale.messages import EndSession, EngineStatistics, Generate, GetStatistics, LoadWeights, OpenEngine, Turn
+from ale.messages import (
+    EndSession,
+    EngineStatistics,
+    Generate,
+    GetStatistics,
+    LoadWeights,
+    OpenEngine,
+    SetThreads,
+    Turn,
+)
 from ale.policy.kept import KeptWorker
 from ale.process import WorkerProcess
 from ale.waiting import held_up
@@ -28,6 +37,7 @@ class EmbeddedPolicy:
         self._turn_deadline_s = turn_deadline_s
         self.version = 0
         self._weights: LoadWeights | None = None
+        self._threads: SetThreads | None = None
         self.engine = KeptWorker(self._make, self._bring_up, restarts=restarts, heartbeat_s=heartbeat_s)
 
     async def generate(self, request: Generate) -> Turn:
@@ -41,6 +51,10 @@ class EmbeddedPolicy:
         await self.engine.ask(self._weights, deadline_s=_CONTROL_DEADLINE_S)
         self.version = version
 
+    async def set_threads(self, threads: int) -> None:
+        self._threads = SetThreads(threads=threads)
+        await self.engine.ask(self._threads, deadline_s=_CONTROL_DEADLINE_S)
+
     async def statistics(self) -> EngineStatistics:
         return await self.engine.ask(GetStatistics(), deadline_s=_CONTROL_DEADLINE_S)
 
@@ -53,6 +67,8 @@ class EmbeddedPolicy:
     async def _bring_up(self, worker: WorkerProcess) -> None:
         with held_up("the engine to load its model", release="its end", on="process engine"):
             opened = await worker.ask(self._settings, deadline_s=_OPEN_DEADLINE_S)
+        if self._threads is not None:
+            await worker.ask(self._threads, deadline_s=_CONTROL_DEADLINE_S)
         if self._weights is not None:
             await worker.ask(self._weights, deadline_s=_CONTROL_DEADLINE_S)
         else:

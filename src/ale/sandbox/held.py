@@ -7,10 +7,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
 
 from ale.errors import DeadlineExceeded
-from ale.waiting import named
 
 T = TypeVar("T")
-_CLOSE_S = 180.0  # every step of a sandbox's end has a shorter deadline of its own
+
+_LEAVE_S = 300.0  # a workspace of millions of files takes its time to go
 
 
 class Held(Generic[T]):
@@ -25,8 +25,7 @@ class Held(Generic[T]):
         try:
             async with manager as value:
                 self._entered.set_result(value)
-                with named("to be given back", idle=True):
-                    await self._released.wait()
+                await self._released.wait()
         except BaseException as error:
             if self._entered.done():
                 raise
@@ -40,15 +39,14 @@ class Held(Generic[T]):
         return await asyncio.shield(self._entered)
 
     async def close(self) -> None:
-        """Returns when the manager has been left; raises what leaving raised, and DeadlineExceeded. Idempotent."""
+        """Returns when the manager has been left; raises what leaving raised, and DeadlineExceeded when it is stuck.
+        Idempotent."""
         self._released.set()
         if not self._entered.done():
             self._task.cancel()
-        with named("the end of what is held open", deadline_s=_CLOSE_S, release="its own end"):
-            done, _ = await asyncio.wait([self._task], timeout=_CLOSE_S)
+        done, _ = await asyncio.wait([self._task], timeout=_LEAVE_S)
         if not done:
-            self._task.cancel()
-            raise DeadlineExceeded("the end of what is held open", _CLOSE_S)
+            raise DeadlineExceeded("the end of what was held open", _LEAVE_S)
         self._entered.cancel()  # where the attempt was ended before it began: whoever waits for the value is told
         if not self._task.cancelled():
             self._task.result()

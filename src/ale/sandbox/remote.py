@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,6 @@ from ale.sandbox.rocklet.trees import pack_tree
 from ale.sandbox.shielded import shielded
 from ale.sandbox.state import StateDirectory, default_parent
 from ale.sandbox.transfer import packed
-from ale.waiting import waiting
-
-_STOP_S = 120.0
 
 
 class RemoteEngine:
@@ -104,18 +101,17 @@ class RemoteEngine:
         return msgspec.convert(said.statistics, EngineStatistics, strict=False)
 
     async def stop(self, names: Sequence[str]) -> None:
+        """Stops every one of them, and then raises what the first that could not be stopped said."""
         paths = [_path(name) for name in names]
-        async with waiting(f"the service to stop {len(paths)} sandboxes", deadline_s=_STOP_S, release="its answer"):
-            await asyncio.gather(*map(self.connection.delete, paths))
-        self._open.difference_update(names)
+        said = await asyncio.gather(*map(self.connection.delete, paths), return_exceptions=True)
+        self._open.difference_update(name for name, error in zip(names, said, strict=True) if error is None)
+        _raise_first(said)
 
     async def aclose(self) -> None:
         """Stops what was started here. Idempotent."""
+        released = (snapshot.release() for snapshot in tuple(self.snapshots))
         try:
-            await self.stop(tuple(self._open))
-            what = f"the service to forget {len(self.snapshots)} snapshots"
-            async with waiting(what, deadline_s=_STOP_S, release="its answer"):
-                await asyncio.gather(*(snapshot.release() for snapshot in tuple(self.snapshots)))
+            _raise_first(await asyncio.gather(self.stop(tuple(self._open)), *released, return_exceptions=True))
         finally:
             await self.connection.close()
             state, self._state = self._state, None
@@ -173,6 +169,12 @@ class RemoteEngine:
             size += len(piece)
         self._trees[key] = (signature, digest.hexdigest(), size)
         return Path(key), digest.hexdigest(), size
+
+
+def _raise_first(said: Iterable[BaseException | None]) -> None:
+    for error in said:
+        if error is not None:
+            raise error
 
 
 def _path(name: str) -> str:
