@@ -25,6 +25,7 @@ from ale.commands.agent import agent, sessions
 from ale.commands.hub import app as hub_commands
 from ale.commands.loop import run_to_end
 from ale.commands.sandbox import app as sandbox_commands
+from ale.commands.simulate import simulate
 from ale.errors import AleError, Interrupted, TaskFormatError, UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ app.add_typer(tasks, name="tasks")
 models = typer.Typer(help="Make local models.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.command()(agent)
+app.command()(simulate)
 app.add_typer(sessions, name="sessions")
 app.add_typer(sandbox_commands, name="sandbox")
 app.add_typer(hub_commands, name="hub")
