@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -39,7 +40,6 @@ from ale.mailbox import Wait
 from ale.messages import (
     Demonstration,
     Imitate,
-    OpenEngine,
     OpenLearner,
     Saved,
     SaveModel,
@@ -48,7 +48,8 @@ from ale.messages import (
     Trajectory,
 )
 from ale.models.load import load_tokenizer
-from ale.policy.embedded import EmbeddedPolicy, open_embedded
+from ale.policy.open import Learning, open_policy
+from ale.policy.port import OpenPolicy
 from ale.process import WorkerProcess
 from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
@@ -94,7 +95,7 @@ class Run:
         self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
         self._make_env = make_env or self._in_sandbox
         self._judge = judge
-        self._policy: EmbeddedPolicy | None = None
+        self._policy: OpenPolicy | None = None
         self._last: Progress | None = None
 
     @classmethod
@@ -128,18 +129,12 @@ class Run:
                 os.close(run._weights)
 
     @asynccontextmanager
-    async def engine_process(self, model: Path, *, learning: bool = True) -> AsyncIterator[EmbeddedPolicy]:
-        """The policy and the environment manager that asks it."""
-        settings = OpenEngine(
-            model=str(model),
-            weights_fd=self._weights if learning else None,
-            slots=self._slots,
-            threads=self.config.model.threads,
-            rows=self.config.rollout.concurrency,
-            precision=self.config.model.precision,
-            record_routing=learning and self.config.algorithm.routing_replay,
-        )
-        async with open_embedded(settings) as policy, self._agent(policy, model) as play:
+    async def engine_process(self, model: Path, *, learner: WorkerProcess | None = None) -> AsyncIterator[OpenPolicy]:
+        """The policy and the environment manager that asks it. Without a learner its weights stay those of `model`."""
+        learning = None
+        if learner is not None:
+            learning = Learning(self._weights, self._slots, partial(self._save, learner))
+        async with open_policy(self.config, model, learning) as policy, self._agent(policy, model) as play:
             self._policy = policy
             manager = EnvManager(
                 policy,
@@ -157,7 +152,7 @@ class Run:
                 await self._supervisor.stop(manager)
 
     @asynccontextmanager
-    async def _agent(self, policy: EmbeddedPolicy, model: Path) -> AsyncIterator[Play | None]:
+    async def _agent(self, policy: OpenPolicy, model: Path) -> AsyncIterator[Play | None]:
         """How episodes are played where the agent is a program of its own; None: by the built-in loop."""
         if self.config.agent.kind == "builtin":
             yield None
@@ -189,7 +184,7 @@ class Run:
             env={"OMP_NUM_THREADS": str(threads)},
         ) as learner:
             opened = await learner.ask(settings, deadline_s=_OPEN_DEADLINE_S)
-            async with self.engine_process(model) as policy:
+            async with self.engine_process(model, learner=learner) as policy:
                 await policy.load_weights(opened.version, opened.slot)
                 yield learner
 
@@ -311,13 +306,17 @@ class Run:
         """The trained model as a Hugging Face directory: whole, or not there. Raises `RunFolderError`."""
         unfinished = path.with_name(f".{path.name}.new")
         shutil.rmtree(unfinished, ignore_errors=True)
-        saved = await learner.ask(SaveModel(path=str(unfinished)), deadline_s=self.config.learner.step_deadline_s)
-        _check_saved(saved, path)
+        await self._save(learner, unfinished)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
 
+    async def _save(self, learner: WorkerProcess, path: Path) -> None:
+        """The learner's model as it is now, as a Hugging Face directory. Raises `RunFolderError`."""
+        saved = await learner.ask(SaveModel(path=str(path)), deadline_s=self.config.learner.step_deadline_s)
+        _check_saved(saved, path)
+
     @property
-    def policy(self) -> EmbeddedPolicy:
+    def policy(self) -> OpenPolicy:
         assert self._policy is not None, "engine_process() opens the policy"
         return self._policy
 
@@ -326,7 +325,7 @@ class Run:
         return {
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
             "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
-        }
+        } | (self._policy.counters() if self._policy else {})
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
         self._last = Progress(

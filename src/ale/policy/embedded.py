@@ -31,6 +31,9 @@ class EmbeddedPolicy:
         await self._worker.ask(LoadWeights(version=version, slot=slot), deadline_s=_CONTROL_DEADLINE_S)
         self.version = version
 
+    def counters(self) -> dict[str, float]:
+        return {}
+
     async def statistics(self) -> EngineStatistics:
         return await self._worker.ask(GetStatistics(), deadline_s=_CONTROL_DEADLINE_S)
 
