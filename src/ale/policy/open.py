@@ -74,6 +74,7 @@ async def _open_served(config: RunConfig, model: Path, learning: Learning | None
         bounds: dict[str, Any] = {
             "start_deadline_s": c.start_deadline_s,
             "sync_deadline_s": c.sync_deadline_s,
+            "silence_s": c.turn_deadline_s / 2,
             "restarts": c.restarts,
         }
         if c.kind == "vllm":

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ale.errors import AleError, DeadlineExceeded, PolicyError, WorkerDied
-from ale.policy.vllm_client import ServerGone, VllmClient
+from ale.policy.vllm_client import Piece, ServerGone, VllmClient
 from ale.policy.vllm_process import ServerProcess
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Replica:
         *,
         start_deadline_s: float,
         sync_deadline_s: float,
+        silence_s: float,
         restarts: int,
         command: list[str] | None = None,
         env: dict[str, str] | None = None,
@@ -57,11 +58,13 @@ class Replica:
         self.up = False
         self.busy = 0
         """Turns being generated."""
+        self._heard = 0.0
         self.syncs = 0
         """Changes of weights begun."""
         self.restarted = 0
         self._wanted = self._original = weights
         self._start_deadline_s, self._sync_deadline_s, self._restarts = start_deadline_s, sync_deadline_s, restarts
+        self._silence_s, self._beat_s = silence_s, min(_BEAT_S, silence_s / 4)
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._suspected = self._loading = False
@@ -85,6 +88,27 @@ class Replica:
     def certain(self) -> tuple[int | None, int]:
         """What came between two equal values of this was sampled from the version in it, if there is one in it."""
         return (None if self._loading else self.version), self.syncs
+
+    @asynccontextmanager
+    async def turn(self, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[Piece]]:
+        """The pieces of one answer. Leaving early has the server drop the request."""
+        self.heard()
+        self.busy += 1
+        try:
+            async with aclosing(self.client.generate(body)) as pieces:
+                yield pieces
+        finally:
+            self.busy -= 1
+
+    def heard(self) -> None:
+        """Something has come of a turn: the engine computes."""
+        self._heard = asyncio.get_running_loop().time()
+
+    @property
+    def _silent(self) -> bool:
+        """It answers, but nothing has come of any turn for so long that its engine must be stuck."""
+        silence_s = asyncio.get_running_loop().time() - self._heard
+        return self.server is not None and self.busy > 0 and silence_s > self._silence_s
 
     def want(self, weights: Weights) -> None:
         self._wanted = weights
@@ -169,7 +193,7 @@ class Replica:
                 self._tell()
             beat = False
             try:
-                async with asyncio.timeout(_BEAT_S):
+                async with asyncio.timeout(self._beat_s):
                     await self._wake.wait()
             except TimeoutError:
                 beat = True
@@ -178,6 +202,8 @@ class Replica:
                 raise await self.server.death()
             if not (beat or self._suspected):
                 continue
+            if self._silent:
+                raise ServerGone(f"{self.name} has generated nothing for {self._silence_s:g} s, its engine is stuck")
             missed = 0 if await self.client.healthy(_BEAT_DEADLINE_S) else missed + 1
             if missed >= _BEATS_MISSED or (missed and self._suspected):
                 raise ServerGone(f"{self.name} does not answer any more")
@@ -206,3 +232,4 @@ class Replica:
             raise DeadlineExceeded(f"version {weights.version} to {self.name}", self._sync_deadline_s) from error
         self.version = weights.version
         self._loading = False
+        self.heard()

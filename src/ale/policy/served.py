@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,10 +151,10 @@ class ServedPolicy:
             replica = await self._replica(request.session)
             certain = replica.certain
             part, last = _Sampled(), None
-            replica.busy += 1
             try:
-                async with aclosing(replica.client.generate(_body(prompt, kept, sampling, attempt))) as pieces:
+                async with replica.turn(_body(prompt, kept, sampling, attempt)) as pieces:
                     async for piece in pieces:
+                        replica.heard()
                         part.add(piece.tokens, piece.logp, ())
                         last = piece
                 if last is None or last.finish not in ("stop", "length"):
@@ -169,8 +168,6 @@ class ServedPolicy:
                     self.sampled_again += len(part.tokens)
                 replica.suspect()
                 continue
-            finally:
-                replica.busy -= 1
             kept.add(part.tokens, part.logp, _versions(last, len(part.tokens)))
             return kept.turn("stop" if last.finish == "stop" else "length")
         raise PolicyError(f"a turn of {request.session} was broken off {_ATTEMPTS} times: {cause}") from cause

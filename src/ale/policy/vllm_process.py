@@ -68,7 +68,6 @@ def environment(config: RunConfig, number: int, scratch: Path) -> dict[str, str]
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": str(scratch),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONWARNINGS": "ignore",
     }
     if c.devices:
         env["CUDA_VISIBLE_DEVICES"] = c.devices[number]
