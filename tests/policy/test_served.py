@@ -369,7 +369,7 @@ def test_what_is_missing_for_vllm_is_named_with_the_cure(tmp_path: Path, monkeyp
             pass
 
     monkeypatch.setattr("ale.policy.vllm_process.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs vLLM, which is not installed here: pip install 'ale\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"needs vLLM, which is not installed here: .*`just vllm`.*policy.python"):
         asyncio.run(open_(PolicyConfig(kind="vllm")))
     with pytest.raises(ConfigError, match=r"policy.python: there is no interpreter /nowhere/python"):
         asyncio.run(open_(PolicyConfig(kind="vllm", python="/nowhere/python")))

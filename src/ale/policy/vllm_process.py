@@ -26,8 +26,8 @@ _GRACE_S = 5.0  # to end by itself when it is told to, before it is killed
 _LAST_WORDS_S = 1.0
 
 INSTALL = (
-    "pip install 'ale[vllm]' where there is a GPU; on CPU `just vllm` makes an environment of its own, .venv-vllm, "
-    "whose Python policy.python can name"
+    "make an environment for it (on CPU `just vllm` does, in .venv-vllm; on a GPU: pip install 'ale[vllm]' in a new one) "
+    "and name its interpreter in policy.python"
 )
 
 
