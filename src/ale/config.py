@@ -68,7 +68,7 @@ class PolicyConfig(_Section, frozen=True):
     start_deadline_s: float = 600.0
     """The longest that a server may take to come up."""
     sync_deadline_s: float = 300.0
-    """The longest that new weights may take to be live everywhere."""
+    """The longest that new weights may take to be live on a server that is up."""
     restarts: int = 3
     """How often each server is brought back before the run gives up."""
 

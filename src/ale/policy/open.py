@@ -112,7 +112,7 @@ async def _open_served(config: RunConfig, model: Path, learning: Learning | None
             replicas,
             export if learning is not None else None,
             turn_deadline_s=c.turn_deadline_s,
-            sync_deadline_s=c.sync_deadline_s,
+            sync_deadline_s=c.sync_deadline_s + c.start_deadline_s,
         )
 
 

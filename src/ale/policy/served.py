@@ -7,6 +7,7 @@ arrived, where they are all of one version, else from its beginning.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from ale.messages import Finish, Generate, Sampling, Turn
 from ale.policy.replica import Replica, Weights
 from ale.policy.vllm_client import Piece, ServerGone, Span
 from ale.wire import Array
+
+logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 8
 _STREAM_INTERVAL = 8  # tokens in a piece: each costs the controller about as much as its tokens
@@ -63,7 +66,7 @@ class _Call:
 
 
 class ServedPolicy:
-    """A `Policy`. `turn_deadline_s` bounds a turn with all the waiting for servers in it."""
+    """A `Policy`. Its deadlines bound a turn, and a change of weights, with the restart of a server in it."""
 
     def __init__(
         self,
@@ -166,6 +169,7 @@ class ServedPolicy:
                     kept.add(part.tokens, part.logp, [certain[0]] * len(part.tokens))
                 else:  # the labels come at the end: of these tokens nobody can say which weights they are of
                     self.sampled_again += len(part.tokens)
+                logger.info("a turn of %s is taken up again: %s", request.session, error)
                 replica.suspect()
                 continue
             kept.add(part.tokens, part.logp, _versions(last, len(part.tokens)))

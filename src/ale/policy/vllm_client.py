@@ -85,8 +85,13 @@ class VllmClient:
 
     def __init__(self, url: str, *, socket: Path | None = None) -> None:
         self.url = url.rstrip("/")
-        # limit=0: as many streams as there are episodes. A deadline for each wait is the caller's.
-        connector = aiohttp.TCPConnector(limit=0) if socket is None else aiohttp.UnixConnector(str(socket), limit=0)
+        # limit=0: as many streams as there are episodes. force_close: a connection kept for later is closed by the
+        # server after some seconds, and the turn that comes upon it in that moment is lost. Deadlines are the caller's.
+        connector: aiohttp.BaseConnector
+        if socket is None:
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        else:
+            connector = aiohttp.UnixConnector(str(socket), limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
         self._http = aiohttp.ClientSession(connector=connector, timeout=timeout)
 

@@ -26,7 +26,7 @@ _GRACE_S = 5.0  # to end by itself when it is told to, before it is killed
 _LAST_WORDS_S = 1.0
 
 INSTALL = (
-    "make an environment for it (on CPU `just vllm` does, in .venv-vllm; on a GPU: pip install 'ale[vllm]' in a new one) "
+    "make an environment for it (on CPU `just vllm` makes .venv-vllm; on a GPU: pip install 'ale[vllm]' in a new one) "
     "and name its interpreter in policy.python"
 )
 
