@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -361,6 +363,36 @@ def test_a_server_of_ours_that_cannot_start_says_its_last_words(tmp_path: Path) 
         assert replica.restarted == 0
 
     run(scenario())
+
+
+CONTROLLER = """
+import asyncio, os, sys
+from ale.policy.vllm_launch import PARENT
+from ale.policy.vllm_process import ServerProcess
+
+SERVER = "from ale.policy.vllm_launch import end_with_parent; end_with_parent(); print('up', flush=True); import signal"
+
+async def main():
+    command = [sys.executable, "-c", SERVER + "; signal.pause()"]
+    server = ServerProcess(command, {PARENT: str(os.getpid())}, lambda: None)
+    await server.start()
+    while not server._tail:
+        await asyncio.sleep(0)
+    print(server.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_a_controller_that_is_killed_takes_its_servers_along() -> None:
+    with subprocess.Popen([sys.executable, "-c", CONTROLLER], stdout=subprocess.PIPE) as controller:
+        assert controller.stdout is not None
+        server = os.pidfd_open(int(controller.stdout.readline()))
+        controller.kill()
+        ended, _, _ = select.select([server], [], [], DEADLINE_S)
+        os.close(server)
+        assert ended
 
 
 def test_what_is_missing_for_vllm_is_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
