@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ale.config import RunConfig
-from ale.errors import ConfigError
+from ale.errors import ConfigError, WorkerDied
 from ale.messages import OpenEngine
 from ale.policy.embedded import open_embedded
 from ale.policy.port import OpenPolicy
@@ -107,7 +107,10 @@ async def _open_served(config: RunConfig, model: Path, learning: Learning | None
         for replica in replicas:
             await stack.enter_async_context(replica.kept())
         for replica in replicas:
-            await replica.until_live(0)
+            try:
+                await replica.until_live(0)
+            except WorkerDied as error:  # a server that never came up: its address, the model or the memory is wrong
+                raise ConfigError(f'policy.kind = "{c.kind}": {error}') from error
         yield ServedPolicy(
             replicas,
             export if learning is not None else None,
