@@ -240,7 +240,7 @@ def test_what_a_server_refuses_is_an_error_at_once_and_says_how_a_server_is_star
         async with ScriptedVllm() as server:
             server.fail["/collective_rpc"] = 404  # without VLLM_SERVER_DEV_MODE
             with pytest.raises(
-                WorkerDied, match=r"HTTP 404.*VLLM_SERVER_DEV_MODE=1 python -m vllm.*--enable-scale-out"
+                ConfigError, match=r"HTTP 404.*VLLM_SERVER_DEV_MODE=1 python -m vllm.*--enable-scale-out"
             ):
                 async with policy_of(tmp_path / "model", server):
                     pass
