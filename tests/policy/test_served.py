@@ -235,6 +235,27 @@ def test_a_session_that_is_ended_and_a_task_that_is_cancelled_have_the_server_dr
     run(scenario())
 
 
+def test_how_busy_the_servers_are_is_what_they_say_added_up(ask: Ask, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            ScriptedVllm(tokens=0) as one,
+            ScriptedVllm(tokens=0) as two,
+            policy_of(tmp_path / "model", one, two) as policy,
+        ):
+            turns = [asyncio.create_task(policy.generate(ask(str(n), range(5), max_tokens=2))) for n in range(3)]
+            await one.until(2)
+            await two.until(1)
+            seen = await policy.statistics()
+            assert (seen.running, seen.waiting, seen.kv_used) == (3, 0, 0.25)
+            assert (seen.prefilled_tokens, seen.reused_tokens) == (40, 20)
+            one.allow(10)
+            two.allow(10)
+            await asyncio.gather(*turns)
+            assert (await policy.statistics()).busy_s > 0
+
+    run(scenario())
+
+
 def test_what_a_server_refuses_is_an_error_at_once_and_says_how_a_server_is_started(ask: Ask, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with ScriptedVllm() as server:

@@ -42,7 +42,7 @@ async def open_policy(config: RunConfig, model: Path, learning: Learning | None)
             weights_fd=learning.weights_fd if learning else None,
             slots=learning.slots if learning else 0,
             threads=config.model.threads,
-            rows=config.rollout.concurrency,
+            rows=config.rollout.engine_rows or config.rollout.concurrency,
             precision=config.model.precision,
             record_routing=learning is not None and config.algorithm.routing_replay,
         )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ale.messages import Generate, Turn
+from ale.messages import EngineStatistics, Generate, Turn
 
 
 class Policy(Protocol):
     """Token ids in, sampled token ids out, with what each was sampled from. Nothing is re-tokenised."""
 
-    version: int
-    """The version that the next token will be sampled from."""
+    @property
+    def version(self) -> int:
+        """The version that the next token will be sampled from."""
 
     async def generate(self, request: Generate) -> Turn:
         """Continues a prompt. Raises `PolicyError`."""
@@ -26,6 +27,9 @@ class Policy(Protocol):
 
 class OpenPolicy(Policy, Protocol):
     """One that a run has opened."""
+
+    async def statistics(self) -> EngineStatistics:
+        """How busy it is. Raises `PolicyError`, `WorkerDied` or `DeadlineExceeded`."""
 
     def counters(self) -> dict[str, float]:
         """What went wrong and was mended since it was opened, for the record of an update."""

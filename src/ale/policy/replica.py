@@ -58,7 +58,9 @@ class Replica:
         self.up = False
         self.busy = 0
         """Turns being generated."""
-        self._heard = 0.0
+        self.busy_s = 0.0
+        """Time with a turn under way, up to the last that ended."""
+        self._heard = self._began = 0.0
         self.syncs = 0
         """Changes of weights begun."""
         self.restarted = 0
@@ -93,12 +95,16 @@ class Replica:
     async def turn(self, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[Piece]]:
         """The pieces of one answer. Leaving early has the server drop the request."""
         self.heard()
+        if not self.busy:
+            self._began = self._heard
         self.busy += 1
         try:
             async with aclosing(self.client.generate(body)) as pieces:
                 yield pieces
         finally:
             self.busy -= 1
+            if not self.busy:
+                self.busy_s += asyncio.get_running_loop().time() - self._began
 
     def heard(self) -> None:
         """Something has come of a turn: the engine computes."""

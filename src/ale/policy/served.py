@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ale.errors import DeadlineExceeded, PolicyError
-from ale.messages import Finish, Generate, Sampling, Turn
+from ale.messages import EngineStatistics, Finish, Generate, Sampling, Turn
 from ale.policy.replica import Replica, Weights
 from ale.policy.vllm_client import Piece, ServerGone, Span
 from ale.wire import Array
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 8
 _STREAM_INTERVAL = 8  # tokens in a piece: each costs the controller about as much as its tokens
+_STATISTICS_DEADLINE_S = 10.0
 _SEED_BITS = (1 << 63) - 1
 
 Export = Callable[[int], Awaitable[Weights]]
@@ -135,6 +136,33 @@ class ServedPolicy:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         self.version = version
+
+    async def statistics(self) -> EngineStatistics:
+        """Of the servers that are up, added up. What a server does with keys and values besides is its own affair."""
+        up = [replica for replica in self._replicas if replica.up]
+        try:
+            async with asyncio.timeout(_STATISTICS_DEADLINE_S):
+                each = await asyncio.gather(*(replica.client.metrics() for replica in up))
+        except TimeoutError as error:
+            names = ", ".join(replica.name for replica in up)
+            raise DeadlineExceeded(f"the metrics of {names}", _STATISTICS_DEADLINE_S) from error
+
+        def total(name: str) -> int:
+            return int(sum(seen.get(name, 0.0) for seen in each))
+
+        hits = total("prefix_cache_hits_total")
+        return EngineStatistics(
+            version=self.version,
+            running=total("num_requests_running"),
+            waiting=total("num_requests_waiting"),
+            parked=0,
+            generated_tokens=total("generation_tokens_total"),
+            prefilled_tokens=total("prompt_tokens_total") - hits,
+            reused_tokens=hits,
+            recomputed_tokens=0,
+            kv_used=max((seen.get("kv_cache_usage_perc", 0.0) for seen in each), default=0.0),
+            busy_s=sum(replica.busy_s for replica in self._replicas),
+        )
 
     def counters(self) -> dict[str, float]:
         return {

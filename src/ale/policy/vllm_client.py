@@ -147,6 +147,16 @@ class VllmClient:
         said = msgspec.json.decode(await self._ask("GET", "/weight_info"))
         return str(said.get("weight_version"))
 
+    async def metrics(self) -> dict[str, float]:
+        """Counters and gauges by name, without "vllm:"; those of several engines in one server are added up."""
+        seen: dict[str, float] = {}
+        for line in (await self._ask("GET", "/metrics")).decode().splitlines():
+            if line.startswith("vllm:"):
+                name, _, value = line.removeprefix("vllm:").rpartition(" ")
+                name = name.partition("{")[0]
+                seen[name] = seen.get(name, 0.0) + float(value)
+        return seen
+
     async def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> bytes:
         try:
             async with self._http.request(method, self.url + route, json=body) as response:

@@ -51,7 +51,7 @@ def command(config: RunConfig, model: Path, socket: Path) -> list[str]:
         *("-m", "ale.policy.vllm_launch", "--uds", str(socket), "--model", str(model), *FLAGS),
         *("--dtype", c.dtype),
         *("--max-model-len", str(_longest(config, model))),
-        *("--max-num-seqs", str(config.rollout.concurrency)),
+        *("--max-num-seqs", str(config.rollout.engine_rows or config.rollout.concurrency)),
         *("--kv-cache-memory-bytes", str(int(c.kv_cache_gb * 2**30))),
         *(() if c.compile else ("--enforce-eager",)),
         *("--disable-uvicorn-access-log",),

@@ -67,6 +67,7 @@ class ScriptedVllm:
         """On loopback, or on a unix socket."""
         app = web.Application(middlewares=[self._record])
         app.router.add_get("/health", self._nothing)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/weight_info", self._weight_info)
         app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_post("/allow", self._allow)
@@ -115,6 +116,15 @@ class ScriptedVllm:
 
     async def _nothing(self, request: web.Request) -> web.Response:
         return web.json_response({})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        said = (
+            f'vllm:num_requests_running{{engine="0",model_name="m"}} {self.running}.0',
+            'vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25',
+            'vllm:prompt_tokens_total{engine="0",model_name="m"} 30.0',
+            'vllm:prefix_cache_hits_total{engine="0",model_name="m"} 10.0',
+        )
+        return web.Response(text="# HELP of a counter\n" + "\n".join(said) + "\n")
 
     async def _allow(self, request: web.Request) -> web.Response:
         self.allow(int(request.query["tokens"]))
