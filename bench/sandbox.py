@@ -245,7 +245,7 @@ def swe_rex(python: str, figure: str) -> float:
 
 
 def compare(python: str | None) -> None:
-    with on_loop() as loop, benchmark("sandbox", pairs=5) as bench:
+    with on_loop() as loop, benchmark("sandbox", pairs=3) as bench:
         manager = opened()
         measured = loop.run(manager.__aenter__())
         try:
