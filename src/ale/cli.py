@@ -24,6 +24,7 @@ import ale
 from ale.commands.agent import agent, sessions
 from ale.commands.hub import app as hub_commands
 from ale.commands.loop import run_to_end
+from ale.commands.replay import diff, replay
 from ale.commands.sandbox import app as sandbox_commands
 from ale.errors import AleError, Interrupted, TaskFormatError, UserError
 
@@ -46,6 +47,8 @@ app.add_typer(tasks, name="tasks")
 models = typer.Typer(help="Make local models.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.command()(agent)
+app.command()(replay)
+app.command()(diff)
 app.add_typer(sessions, name="sessions")
 app.add_typer(sandbox_commands, name="sandbox")
 app.add_typer(hub_commands, name="hub")
@@ -84,6 +87,7 @@ def train(
     sandbox: Sandbox = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run of this name.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Keep what `ale replay` needs to run it again.")] = False,
 ) -> None:
     """Train an agent; everything about the run lands in runs/NAME/. CONFIG may be such a folder: its own configuration.
 
@@ -94,7 +98,7 @@ def train(
 
     if overwrite and resume:
         raise UserError("--overwrite deletes the earlier run and --resume goes on with it: choose one.")
-    run = _load(config, overrides, name, seed, sandbox)
+    run = _load(config, [*(overrides or ()), *(["record=true"] if record else [])], name, seed, sandbox)
     folder = Path(run.runs_dir) / run.name
     pipeline = load_pipeline(run)
     earlier = pipeline.summary_of(folder) if resume else None

@@ -80,12 +80,13 @@ async def _train(
     tell: Report,
     watch: Callable[[Update], Coroutine[Any, Any, None]] | None,
 ) -> Summary:
-    tasks = TaskStream(source.train)
+    recording = folder.recording
+    tasks = TaskStream(source.train, None if recording is None else recording.task)
     ledger = Ledger(folder.books, folder.journal.write)
     books, updates = ledger.books, config.learner.updates
     model = await _model_directory(config, tasks, folder.model)
     state = folder.checkpoint.learner if folder.checkpoint is not None else None
-    opened = Run.open(config, model, make_env=source.make_env, judge=judge, stop=stop)
+    opened = Run.open(config, model, make_env=source.make_env, judge=judge, stop=stop, tape=recording)
     async with opened as run, run.learner_process(model, state) as learner:
         run.follow(tell)
 
@@ -129,7 +130,7 @@ async def _train(
                 record(Update.of(books.since[-1]))
             if books.updates:
                 await at(books.updates)
-            await run.optimise(learner, tasks, ledger, after)
+            await run.optimise(learner, tasks, folder, ledger, after)
             await run.export(learner, folder.export("final"))
             heldout_after, families_after = await evaluate_once("after", updates)
         except Interrupted:
@@ -151,6 +152,8 @@ async def _train(
         max_lag_allowed=config.rollout.max_lag,
         lost_samples=end.lost,
         dropped_by_reason=end.dropped,
+        lives=books.lives,
+        restarted=books.restarted,
         versions=versions(),
     )
     folder.finish(summary)

@@ -22,12 +22,14 @@ from ale.actors.reward import Reward
 from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots
 from ale.actors.stop import Stop
+from ale.actors.taped import TapedPolicy
 from ale.actors.trainer import Trainer, Update, redo
 from ale.agent.chat import Chat
 from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
-from ale.config import RunConfig
+from ale.config import RunConfig, WarmStartConfig
 from ale.data.events import Evaluated, TasksShown
+from ale.data.recording import Life
 from ale.data.run_folder import RunFolder
 from ale.data.task_stream import TaskStream
 from ale.envs.env import MakeEnv
@@ -48,11 +50,13 @@ from ale.messages import (
     Trajectory,
 )
 from ale.models.load import load_tokenizer
-from ale.policy.embedded import EmbeddedPolicy, open_embedded
+from ale.policy.embedded import open_embedded
+from ale.policy.port import Policy
 from ale.process import WorkerProcess
 from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
+from ale.tape import Tape
 from ale.task import Task
 
 Report = Callable[[Progress], None]
@@ -62,7 +66,7 @@ _WARM_UP_STEPS = 20
 _BEAT_S = 1.0
 _SHOWN_WAITS = 6
 # How often, and on how many training tasks, the warm start looks whether `stop_at` is reached.
-_CHECK_EVERY = 10
+CHECK_EVERY = 10
 _CHECK_TASKS = 64
 # Tasks looked at for each demonstration wanted, before the stream is said to lack them.
 _LOOK_AT_MOST = 50
@@ -94,7 +98,7 @@ class Run:
         self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
         self._make_env = make_env or self._in_sandbox
         self._judge = judge
-        self._policy: EmbeddedPolicy | None = None
+        self._policy: Policy | None = None
         self._last: Progress | None = None
 
     @classmethod
@@ -107,12 +111,13 @@ class Run:
         make_env: MakeEnv | None = None,
         judge: Judge | None = None,
         stop: Stop | None = None,
+        tape: Tape | None = None,
     ) -> AsyncIterator[Run]:
         """`make_env` and `judge` take the places of the sandbox and of the tasks' tests. Raises `ModelError` when the
         model's chat template cannot say what the agent is told."""
         chat = Chat(load_tokenizer(model))
         chat.start("an instruction", config.agent.system_prompt)
-        bus = Bus()
+        bus = Bus(tape=tape)
         async with AsyncExitStack() as stack:
             box = config.sandbox
             opened = open_engine(box.kind, image=box.image, runtime=box.runtime, label=f"run {config.name}")
@@ -128,7 +133,7 @@ class Run:
                 os.close(run._weights)
 
     @asynccontextmanager
-    async def engine_process(self, model: Path, *, learning: bool = True) -> AsyncIterator[EmbeddedPolicy]:
+    async def engine_process(self, model: Path, *, learning: bool = True) -> AsyncIterator[Policy]:
         """The policy and the environment manager that asks it."""
         settings = OpenEngine(
             model=str(model),
@@ -139,8 +144,8 @@ class Run:
             precision=self.config.model.precision,
             record_routing=learning and self.config.algorithm.routing_replay,
         )
-        async with open_embedded(settings) as policy, self._agent(policy, model) as play:
-            self._policy = policy
+        async with open_embedded(settings) as embedded, self._agent(embedded, model) as play:
+            policy = self._policy = TapedPolicy(embedded, self._bus.tape)
             manager = EnvManager(
                 policy,
                 self._make_env,
@@ -157,7 +162,7 @@ class Run:
                 await self._supervisor.stop(manager)
 
     @asynccontextmanager
-    async def _agent(self, policy: EmbeddedPolicy, model: Path) -> AsyncIterator[Play | None]:
+    async def _agent(self, policy: Policy, model: Path) -> AsyncIterator[Play | None]:
         """How episodes are played where the agent is a program of its own; None: by the built-in loop."""
         if self.config.agent.kind == "builtin":
             yield None
@@ -225,20 +230,13 @@ class Run:
             else:
                 await asyncio.to_thread(tasks.go_to, books.drawn - books.looked_at, {})
                 looked_at = tuple(islice(tasks, books.looked_at))
-            demonstrations = books.demonstrations or ()
-            rng, order = random.Random(self.config.seed), list[Demonstration]()
-            for step in range(1, c.steps + 1):
-                if len(order) < c.batch:
-                    order = rng.sample(demonstrations, len(demonstrations))
-                batch = tuple(order.pop() for _ in range(min(c.batch, len(order))))
+            for step, request in enumerate(imitation(c, self.config.seed, books.demonstrations or ()), start=1):
                 if step < books.warm_steps:
                     continue
-                check = c.stop_at > 0 and step % _CHECK_EVERY == 0
+                check = c.stop_at > 0 and step % CHECK_EVERY == 0
                 evaluation = c.eval_every > 0 and step % c.eval_every == 0
                 if step > books.warm_steps:
                     self.stop.check()
-                    rate = c.learning_rate * min(1.0, step / _WARM_UP_STEPS)
-                    request = Imitate(demonstrations=batch, learning_rate=rate, weight_decay=c.weight_decay)
                     metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
                     books.warm_steps = step
                     tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
@@ -256,7 +254,12 @@ class Run:
         await self.checkpoint(learner, folder, ledger)
 
     async def optimise(
-        self, learner: WorkerProcess, tasks: TaskStream, ledger: Ledger, after: Callable[[Update], Awaitable[None]]
+        self,
+        learner: WorkerProcess,
+        tasks: TaskStream,
+        folder: RunFolder,
+        ledger: Ledger,
+        after: Callable[[Update], Awaitable[None]],
     ) -> None:
         """The asynchronous loop: returns after the last update. What still runs then stays in the books as running."""
         c, books = self.config.rollout, ledger.books
@@ -266,6 +269,9 @@ class Run:
         wanted = {drawn: group.task for drawn, group in running.items()}
         found = await asyncio.to_thread(tasks.go_to, books.drawn, wanted)
         slots = Slots(c.groups_per_step * (c.max_lag + 1), books.groups)
+        if folder.recording is not None:
+            life = Life(number=books.lives, journal=folder.journal.size, version=self.policy.version)
+            folder.recording.begin(life, [name for group in running.values() for name in group.running])
         async with Supervisor(self._bus) as actors:
             buffer = SampleBuffer(slots, ledger, max_lag=c.max_lag, on_stale=c.on_stale)
             under_way = {running[drawn].id: task for drawn, task in found.items()}
@@ -317,7 +323,7 @@ class Run:
         unfinished.rename(path)
 
     @property
-    def policy(self) -> EmbeddedPolicy:
+    def policy(self) -> Policy:
         assert self._policy is not None, "engine_process() opens the policy"
         return self._policy
 
@@ -393,6 +399,19 @@ def in_a_few_words(waits: Sequence[Wait]) -> tuple[str, ...]:
         f"{same[0].who if len(same) == 1 else f'{len(same)} tasks'}: {what} ({same[0].waited_s:.0f} s)"
         for what, same in islice(alike.items(), _SHOWN_WAITS)
     )
+
+
+def imitation(config: WarmStartConfig, seed: int, demonstrations: Sequence[Demonstration]) -> Iterator[Imitate]:
+    """The supervised updates of a warm start, one after the other: every demonstration once before any comes again."""
+    rng, order = random.Random(seed), list[Demonstration]()
+    for step in range(1, config.steps + 1):
+        if len(order) < config.batch:
+            order = rng.sample(demonstrations, len(demonstrations))
+        yield Imitate(
+            demonstrations=tuple(order.pop() for _ in range(min(config.batch, len(order)))),
+            learning_rate=config.learning_rate * min(1.0, step / _WARM_UP_STEPS),
+            weight_decay=config.weight_decay,
+        )
 
 
 def _check_saved(saved: Saved, path: Path) -> None:

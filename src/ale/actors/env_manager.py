@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from ale.actor import Actor
+from ale.actors.taped import Play, taped_env, taped_judge, taped_play
 from ale.agent.chat import Chat
 from ale.agent.episode import Judge, run_episode
 from ale.config import AgentConfig, RunConfig
@@ -25,9 +26,6 @@ def rollout_deadline_s(config: RunConfig) -> float:
     training = c.groups_per_step * (c.max_lag + 1) * c.group_size
     rounds = 1 + (training + 2 * c.concurrency) / c.concurrency
     return config.agent.episode_timeout_s * rounds + _SLACK_S
-
-
-Play = Callable[[Rollout], Awaitable[Trajectory]]
 
 
 class EnvManager(Actor):
@@ -54,10 +52,19 @@ class EnvManager(Actor):
 
     async def receive(self, message: Message) -> Trajectory | None:
         match message:
-            case Rollout() if self._play is not None:
-                return await self._play(message)
             case Rollout():
-                return await run_episode(message, self._policy, self._make_env, self._chat, self._limits, self._judge)
+                return await self._episode(message)
             case _:
                 await super().receive(message)
         return None
+
+    async def _episode(self, rollout: Rollout) -> Trajectory:
+        tape, play, make_env, judge = self.bus.tape, self._play, self._make_env, self._judge
+        if tape.covers(rollout.id):
+            await tape.reach("begin", rollout.id)
+            make_env, judge = taped_env(make_env, rollout.id, tape), taped_judge(judge, rollout.id, tape)
+            if play is not None:
+                return await taped_play(play, rollout, tape)
+        if play is not None:
+            return await play(rollout)
+        return await run_episode(rollout, self._policy, make_env, self._chat, self._limits, judge)

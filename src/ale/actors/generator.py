@@ -63,6 +63,7 @@ class Generator(Actor):
         except ExceptionGroup as errors:
             error = first_error(errors)
             raise error from error.__cause__
+        await self.bus.tape.reach("tasks end", str(self._ledger.books.opened))
         await self.bus.tell("buffer", TasksEnded(started=self._ledger.books.opened), deadline_s=_TELL_DEADLINE_S)
 
     async def _start_groups(self, groups: asyncio.TaskGroup) -> None:
@@ -70,6 +71,7 @@ class Generator(Actor):
         while True:
             async with self.bus.waiting("a free slot: given back when an update is live"):
                 await self._slots.wait()
+            await self.bus.tape.reach("open", str(self._tasks.drawn))
             task = self._next_task()
             if task is None:
                 return
@@ -91,6 +93,7 @@ class Generator(Actor):
 
     async def _group(self, group: OpenGroup, task: Task) -> None:
         await self._run_members(group, task)
+        await self.bus.tape.reach("group", group.id)
         if len(group.members) < self._config.rollout.group_size:
             failed = ", ".join(f"{n} {reason}" for reason, n in sorted(group.failed.items()))
             # An agent that cannot call tools yet is counted with the dropped; anything else may need the user.
@@ -115,6 +118,7 @@ class Generator(Actor):
             running = {rollouts.create_task(self._rollout(name, group, task)) for name in group.running}
             while True:
                 while len(group.running) + len(group.members) < size and group.started < attempts:
+                    await self.bus.tape.reach("start", f"{group.id}/{group.started}")
                     name = self._ledger.start(group)
                     running.add(rollouts.create_task(self._rollout(name, group, task)))
                 if not running:
@@ -131,6 +135,7 @@ class Generator(Actor):
         )
         rollout = Rollout(id=name, group=group.id, task=task, sampling=sampling)
         trajectory = await self.bus.ask("envs", rollout, deadline_s=rollout_deadline_s(self._config))
+        await self.bus.tape.reach("end", name)
         reason = _why_not(trajectory)
         if reason is not None or trajectory.reward is None:
             logger.info("rollout %s of %s is dropped: %s (%s)", name, task.id, reason, trajectory.cause)
