@@ -40,6 +40,11 @@ python := env("PYTHON", "python3")
 @test-docker *args: setup
     python -m pytest -m docker tests/sandbox/test_contract.py tests/sandbox/test_docker.py {{ args }}
 
+# Kill random processes of short runs, resume them, count what is lost: under 45 minutes. just chaos --runs 10
+[no-exit-message]
+@chaos *args: setup
+    python -m bench.chaos {{ args }}
+
 # Formatting, lint and types, changing nothing
 @check: setup && types
     ruff format --check

@@ -249,7 +249,7 @@ async def replay_life(
     make_env: Callable[[Task], Env] = lambda task: _NoEnv()  # noqa: E731
     whole = chat is None or c.agent.kind != "builtin"
     judged = any(entry.kind == "judge" for entry in part.entries)
-    rollouts = 3 * total * c.rollout.group_size
+    rollouts = 3 * total * c.rollout.group_size  # all that can be under way, replacements included
     manager = EnvManager(
         policy,
         make_env,
@@ -264,20 +264,28 @@ async def replay_life(
             await outer.start(manager)
             async with Supervisor(bus, stop_deadline_s=_STOP_DEADLINE_S) as actors:
                 buffer = SampleBuffer(slots, ledger, max_lag=c.rollout.max_lag, on_stale=c.rollout.on_stale)
+                buffer.concurrency = buffer.capacity + 1  # whatever has its turn must not stand behind what has not
                 generator = Generator(c, tasks, slots, ledger, under_way)
                 trainer = Trainer(c, _AtWork(learner, player), policy, slots, ledger, after, Stop())
                 for actor in (buffer, generator, trainer):
                     await actors.start(actor)
-                await _until_over(player, actors.join(trainer))
+                try:
+                    await _until_over(player, actors.join(trainer))
+                except Diverged as error:
+                    script.diverged = str(error)
                 await actors.stop(trainer)
                 await actors.stop(generator)
+                script.over = True
                 player.release()
     except (_LifeOver, Diverged, ActorError, ActorStopped) as error:
         # What an actor was stopped by goes to whoever supervises it, in one form or another.
-        if script.diverged is not None:
-            raise Diverged(script.diverged) from error
-        if not script.over:
+        if script.diverged is None and not script.over:
             raise
+        cause: BaseException | None = error
+    else:
+        cause = None
+    if script.diverged is not None:
+        raise Diverged(script.diverged) from cause
     return player.passed
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from ale.actors.env_manager import EnvManager, Play
+from ale.actors.env_manager import EnvManager
 from ale.actors.evaluation import evaluate_tasks, rate
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
@@ -22,7 +22,7 @@ from ale.actors.reward import Reward
 from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots
 from ale.actors.stop import Stop
-from ale.actors.taped import TapedPolicy
+from ale.actors.taped import Play, TapedPolicy
 from ale.actors.trainer import Trainer, Update, redo
 from ale.agent.chat import Chat
 from ale.agent.episode import Judge, demonstrate
