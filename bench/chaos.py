@@ -42,7 +42,7 @@ from ale.testing.processes import ended, processes_with
 ROOT = Path(__file__).resolve().parent.parent
 UPDATES = 5
 HANG_S = 240.0
-"""No life takes so long: one that does hangs."""
+"""No life takes so long, nor ten times as long as one that is left alone: one that does hangs."""
 VICTIMS = ("controller", "learner", "engine", "launcher", "sandbox", "tree")
 _MARK = "ALE_CHAOS_RUN"
 _FIND_S = 5.0  # how long a victim is looked for, until the next best is taken
@@ -88,8 +88,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 class Case:
     """One run in a directory of its own, and everything that it starts."""
 
-    def __init__(self, place: Path, model: Path, number: int, seed: int) -> None:
+    def __init__(self, place: Path, model: Path, number: int, seed: int, length_s: float = 0.0) -> None:
         self.place, self.number, self.seed = place, number, seed
+        self.hang_s = max(HANG_S, 10 * length_s)
         self.rng = random.Random(f"chaos/{seed}/{number}")
         self.kind = "sandbox" if number % 2 == 0 else "environment"
         self.mark = f"chaos-{os.getpid()}-{seed}-{number}"
@@ -134,7 +135,7 @@ class Case:
         before = self._size()
         share = self.rng.random()
         by_work = self.rng.random() < 0.5
-        while process.poll() is None and time.monotonic() < began + HANG_S:
+        while process.poll() is None and time.monotonic() < began + self.hang_s:
             if by_work and self._size() >= before + share * max(1, length - before):
                 break
             if not by_work and time.monotonic() >= began + share * length_s:
@@ -178,10 +179,12 @@ class Case:
     def wait(self, process: subprocess.Popen[bytes]) -> int | None:
         """How the life ended; None where it had to be ended."""
         try:
-            return process.wait(timeout=HANG_S)
+            return process.wait(timeout=self.hang_s)
         except subprocess.TimeoutExpired:
             log = (self.place / f"life-{len(self.lives) - 1}.log").read_text(errors="replace")
-            self.wrong.append(f"hang: life {len(self.lives) - 1} did not end in {HANG_S:g} s; it said: {log[-600:]}")
+            self.wrong.append(
+                f"hang: life {len(self.lives) - 1} did not end in {self.hang_s:.0f} s; it said: {log[-600:]}"
+            )
             for pid in (process.pid, *descendants(process.pid)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -381,7 +384,7 @@ def chaos(place: Path, runs: int, seed: int, minutes: float, *, say: bool = True
     for number in range(-2, runs):
         if time.monotonic() - began > minutes * 60:
             break
-        case = Case(place / f"run-{number}", model, number, seed)
+        case = Case(place / f"run-{number}", model, number, seed, max(length_s.values(), default=0.0))
         kills = 0 if number < 0 else 2 if number % 4 >= 2 else 1
         outcome = play(case, length_s.get(case.kind, 0), length.get(case.kind, 0), kills)
         if number < 0:

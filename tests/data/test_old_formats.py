@@ -1,6 +1,6 @@
-"""Runs of older versions of ale: small folders kept as they were left, killed in their middle, by the version they name.
+"""Runs of older versions of ale: small folders kept as they were left, killed in their middle.
 
-`tests/data/format0` was made by the last version whose journal did not say its format: a nano model of one layer, killed
+`tests/data/format0` was made by the last version whose journal did not say its format: a model of one layer, killed
 after its third update with rollouts under way. To add one when `FORMAT` is raised: run `format0/small.toml` with the
 version before, kill it, and keep `model/` and `runs/`.
 """
@@ -38,7 +38,7 @@ def run(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_there_is_a_folder_of_every_format_but_that_of_today() -> None:
-    assert FORMATS == [f"format{number}" for number in range(FORMAT)]
+    assert [f"format{number}" for number in range(FORMAT)] == FORMATS
 
 
 def test_an_old_run_can_be_looked_at(run: Path) -> None:
