@@ -385,7 +385,7 @@ def chaos(place: Path, runs: int, seed: int, minutes: float, *, say: bool = True
         if time.monotonic() - began > minutes * 60:
             break
         case = Case(place / f"run-{number}", model, number, seed, max(length_s.values(), default=0.0))
-        kills = 0 if number < 0 else 2 if number % 4 >= 2 else 1
+        kills = 0 if number < 0 else 2 if number % 4 == 3 else 1
         outcome = play(case, length_s.get(case.kind, 0), length.get(case.kind, 0), kills)
         if number < 0:
             length_s[case.kind] = outcome.wall_s
