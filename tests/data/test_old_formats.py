@@ -1,8 +1,8 @@
 """Runs of older versions of ale: small folders kept as they were left, killed in their middle.
 
 `tests/data/format0` was made by the last version whose journal did not say its format: a model of one layer, killed
-after its third update with rollouts under way. To add one when `FORMAT` is raised: run `format0/small.toml` with the
-version before, kill it, and keep `model/` and `runs/`.
+after its fourth update with rollouts under way, without its last checkpoint. To add one when `FORMAT` is raised: run
+`format0/small.toml` with the version before, kill it, and keep the model and `runs/NAME/` as `run/`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ FORMATS = sorted(path.name for path in HERE.glob("format*"))
 @pytest.fixture(params=FORMATS)
 def run(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run, in the directory in which it was made."""
-    shutil.copytree(HERE / request.param, tmp_path / "old")
-    monkeypatch.chdir(tmp_path / "old")
+    shutil.copytree(HERE / request.param / "model", tmp_path / "model")
+    shutil.copytree(HERE / request.param / "run", tmp_path / "runs" / request.param)
+    monkeypatch.chdir(tmp_path)
     return Path("runs") / str(request.param)
 
 
@@ -43,8 +44,8 @@ def test_there_is_a_folder_of_every_format_but_that_of_today() -> None:
 
 def test_an_old_run_can_be_looked_at(run: Path) -> None:
     log = RunLog.open(run)
-    assert [line["update"] for line in log.updates] == [1, 2, 3]
-    assert len(list(log.logged())) == 12
+    assert [line["update"] for line in log.updates] == [1, 2, 3, 4]
+    assert len(list(log.logged())) == 16
     assert log.summary is None
 
 
@@ -53,7 +54,8 @@ def test_an_old_run_is_opened_to_be_resumed_with_its_books(run: Path) -> None:
     assert not any(isinstance(event, Began) for event in before)
     with RunFolder(load(run), resume=True) as folder:
         books = folder.books
-        assert (books.updates, books.recorded, books.lives) == (3, 3, 2)
+        assert (books.updates, books.recorded, books.lives) == (4, 4, 2)
+        assert [trained.event.number for trained in books.since] == [3, 4]
         kept = {event.trajectory.id for event in before if isinstance(event, RolloutKept)}
         trained = {group for event in before if isinstance(event, Updated) for group in event.groups}
         waiting = {t.id for group in books.groups.values() for t in group.members}
