@@ -48,9 +48,9 @@ def test_an_error_comes_back_with_its_class_and_what_it_said() -> None:
     async def scenario() -> None:
         errors = [("SandboxError", "the sandbox died"), ("DeadlineExceeded", "a turn: no answer within 3 s")]
         player = Player([Entry("act", "a", Answer(error=error)) for error in errors])
-        with pytest.raises(SandboxError, match="^the sandbox died$"):
+        with pytest.raises(SandboxError, match=r"^the sandbox died$"):
             await player.answer("act", "a", never, str)
-        with pytest.raises(DeadlineExceeded, match="^a turn: no answer within 3 s$"):
+        with pytest.raises(DeadlineExceeded, match=r"^a turn: no answer within 3 s$"):
             await player.answer("act", "a", never, str)
 
     run(scenario())
@@ -93,7 +93,7 @@ def test_a_point_that_nobody_reaches_is_named_with_those_that_were_reached() -> 
     async def scenario() -> None:
         player = Player([Entry("end", "a")])
         waits = asyncio.create_task(player.reach("end", "b"))
-        with pytest.raises(Diverged, match="after 0 points the recording goes on with: end a.*it has reached: end b"):
+        with pytest.raises(Diverged, match=r"after 0 points the recording goes on with: end a.*it has reached: end b"):
             await player.watch()
         player.release()
         await waits
