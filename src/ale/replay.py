@@ -39,9 +39,9 @@ from ale.messages import Generate, OpenLearner, Score, StartPolicyOptimization, 
 from ale.models.load import load_tokenizer
 from ale.player import Diverged, Player
 from ale.process import WorkerProcess
-from ale.run import CHECK_EVERY, imitation
 from ale.supervisor import Supervisor
 from ale.task import Task
+from ale.warm_start import Checks, imitation
 from ale.wire import Reply, Request
 
 TOLERANCE = 1e-6
@@ -380,8 +380,8 @@ async def _warm_up(config: RunConfig, books: Books, learner: WorkerProcess, tell
     c, deadline_s = config.warm_start, config.learner.step_deadline_s
     for step, request in enumerate(imitation(c, config.seed, books.demonstrations or ()), start=1):
         await learner.ask(request, deadline_s=deadline_s)
-        rate = books.rates.get(f"warm_start_check_{step}@0")
-        if c.stop_at > 0 and step % CHECK_EVERY == 0 and rate is not None and rate.success >= c.stop_at:
+        rate = books.rates.get(f"{Checks.name(step)}@0")
+        if rate is not None and rate.success >= c.stop_at:
             break
     await learner.ask(StartPolicyOptimization(), deadline_s=deadline_s)
     if c.steps:
