@@ -267,10 +267,13 @@ class Case:
 
     def leaks(self) -> None:
         """What this run started or made and left."""
-        left = [os.pidfd_open(pid) for pid in processes_with(self.mark) | processes_with(str(self.place))]
+        ours = [f"{PREFIX}{pid}-" for pid in self.lives]
+        left = list[int]()
+        for pid in set().union(*(processes_with(text) for text in (self.mark, str(self.place), *ours))):
+            with suppress(ProcessLookupError):
+                left.append(os.pidfd_open(pid))
         if (alive := len(left) - ended(left)) > 0:
             self.wrong.append(f"leak: {alive} processes")
-        ours = [f"{PREFIX}{pid}-" for pid in self.lives]
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         mounts = [line for line in lines if str(self.place) in line or any(name in line for name in ours)]
         groups = [path for path in cgroups() if any(name in path for name in ours)]

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from ale.data.recording import Answer, Entry
-from ale.errors import ActorStopped, DeadlineExceeded, SandboxError
-from ale.player import Diverged, Player
+from ale.errors import ActorStopped, DeadlineExceeded, Diverged, SandboxError
+from ale.player import Player
 from ale.testing.clock import run
 
 

@@ -11,13 +11,13 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from ale import errors
 from ale.data.recording import Answer, Entry
-from ale.errors import ActorStopped, AleError
+from ale.errors import ActorStopped, AleError, Diverged
 from ale.tape import Point
 
 Key = tuple[str, str]
@@ -26,10 +26,6 @@ _STILL = 1000
 # Turns that a cancellation gets to reach whoever waits, before the end of the wait is put down to a deadline.
 _HEAR = 50
 _NAMED = 6
-
-
-class Diverged(AleError):
-    """The run does not go as its recording says; the message names the first difference."""
 
 
 class Player:
@@ -43,7 +39,7 @@ class Player:
         self._cancelled = Counter[Key]()
         self._head: Entry | None = None
         """What has its turn; None while whoever it was served to has not woken up, and at the end."""
-        self._free = False
+        self._free = self._killed = False
         self._working = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -86,8 +82,15 @@ class Player:
             if not self._working:
                 self._idle.set()
 
+    async def killed(self) -> NoReturn:
+        """What is asked for now was cut off by the end of the recorded run: it never comes, and what the recording
+        has after it, nothing came of."""
+        self._killed = True
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
     async def watch(self) -> None:
-        """Returns when every point has been passed. Raises `Diverged`."""
+        """Returns when every point has been passed, or all that came to anything. Raises `Diverged`."""
         still, passed = 0, self.passed
         while not self.over.is_set():
             await self._idle.wait()
@@ -95,6 +98,9 @@ class Player:
             still = still + 1 if passed == self.passed and not self._working else 0
             passed = self.passed
             if still > _STILL:
+                if self._killed:
+                    self.over.set()
+                    return
                 raise Diverged(self.said())
 
     def said(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,31 +27,26 @@ from ale.agent.chat import Chat
 from ale.bus import Bus
 from ale.config import RunConfig, load
 from ale.data.books import Books
-from ale.data.compare import first_difference
-from ale.data.events import Began, Evaluated, Event, Recorded, Resumed, TasksShown, Updated
 from ale.data.journal import read_journal
 from ale.data.recording import Entry, Life, Stub, read_recording
+from ale.data.script import LifeOver, Script
 from ale.data.task_stream import TaskStream
 from ale.envs.env import Env, Step
-from ale.errors import ActorError, ActorStopped, LearnerError, PolicyError
+from ale.errors import ActorError, ActorStopped, Diverged, LearnerError, PolicyError
 from ale.learner.weights import create_memory
 from ale.messages import Generate, OpenLearner, Score, StartPolicyOptimization, Trajectory, Turn
 from ale.models.load import load_tokenizer
-from ale.player import Diverged, Player
+from ale.player import Player
 from ale.process import WorkerProcess
 from ale.supervisor import Supervisor
 from ale.task import Task
 from ale.warm_start import Checks, imitation
 from ale.wire import Reply, Request
 
-TOLERANCE = 1e-6
-"""Of a loss and of a gradient norm, absolutely or in proportion."""
 _OPEN_DEADLINE_S = 300.0
 _STOP_DEADLINE_S = 1.0
 _FOREVER_S = 1e9
-# What the clock says, and what the recorded run did beside its loop.
-_CLOCKED = frozenset({"duration_s", "wait_s", "step_s", "values"})
-_BESIDE = (Began, TasksShown, Recorded, Evaluated, Resumed)
+_FOLLOWS = 100  # turns of the event loop in which what follows the last point is booked
 
 
 class Replayed(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,69 +60,6 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     """The largest difference between a loss and the recorded one."""
     diverged: str | None
     """The first difference; None where the replay went as the run did, to its end or to where it was cut off."""
-
-
-class _LifeOver(Exception):
-    """The recorded life was ended before it had booked this."""
-
-
-class Script:
-    """What the journal says that comes next. `write` is what a ledger calls before each move."""
-
-    def __init__(self, events: Iterable[Event]) -> None:
-        self._events = enumerate(events, start=1)
-        self._next: tuple[int, Event] | None = next(self._events, None)
-        self.updates = self.rollouts = 0
-        self.loss_apart = 0.0
-        self.diverged: str | None = None
-        self.over = False
-
-    def books(self) -> Books:
-        """Those of the run when the loop of its next life began: everything up to there that is beside the loop."""
-        return self.catch_up(Books())
-
-    def catch_up(self, books: Books) -> Books:
-        self.over = False
-        while self._next is not None and isinstance(self._next[1], _BESIDE):
-            books.apply(self._next[1])
-            self._step()
-        return books
-
-    def write(self, event: Event) -> None:
-        while self._next is not None and isinstance(self._next[1], Recorded | Evaluated):
-            self._step()
-        if self._next is None or isinstance(self._next[1], _BESIDE) or self.over:
-            self.over = True
-            raise _LifeOver
-        number, recorded = self._next
-        self._compare(number, recorded, event)
-        self._step()
-
-    def _step(self) -> None:
-        self._next = next(self._events, None)
-
-    def _compare(self, number: int, recorded: Event, event: Event) -> None:
-        if isinstance(recorded, Updated) and isinstance(event, Updated):
-            self.loss_apart = max(self.loss_apart, abs(recorded.metrics.loss - event.metrics.loss))
-            self.updates += 1
-        self.rollouts += type(event).__name__ in ("RolloutKept", "RolloutDropped")
-        if type(recorded) is not type(event):
-            said: str | None = f"recorded is {_named(recorded)}, replayed is {_named(event)}"
-        else:
-            said = first_difference(recorded, event, tolerance=TOLERANCE, skip=_CLOCKED)
-            said = None if said is None else f"{_named(recorded)}: {said}"
-        if said is not None:
-            self.diverged = f"event {number} of the journal, recorded and replayed: {said}"
-            raise Diverged(self.diverged)
-
-
-def _named(event: Event) -> str:
-    """`"RolloutKept g3/1"`"""
-    for field in ("rollout", "group", "number"):
-        if hasattr(event, field):
-            return f"{type(event).__name__} {getattr(event, field)}"
-    trajectory: Trajectory | None = getattr(event, "trajectory", None)
-    return type(event).__name__ if trajectory is None else f"{type(event).__name__} {trajectory.id}"
 
 
 class _NoPolicy:
@@ -163,12 +95,15 @@ class _NoEnv:
 
 
 class _AtWork:
-    """The learner, whose work takes time."""
+    """The learner, whose work takes time. An update that the recorded life was killed in is not made: the next life
+    began from weights that know nothing of it."""
 
-    def __init__(self, learner: Learner, player: Player) -> None:
-        self._learner, self._player = learner, player
+    def __init__(self, learner: Learner, player: Player, makes: Callable[[], bool]) -> None:
+        self._learner, self._player, self._makes = learner, player, makes
 
     async def ask(self, request: Request[Reply], *, deadline_s: float) -> Reply:
+        if not self._makes():
+            await self._player.killed()
         with self._player.working():
             return await self._learner.ask(request, deadline_s=deadline_s)
 
@@ -222,6 +157,24 @@ def parts(entries: Iterable[Entry]) -> Iterator[Part]:
         yield Part(life, held, tasks)
 
 
+async def replay_lives(
+    config: RunConfig,
+    recorded: Iterable[Part],
+    books: Books,
+    script: Script,
+    learner: Learner,
+    chat: Chat | None = None,
+) -> AsyncIterator[tuple[Part, int]]:
+    """Each life that booked anything, once it is replayed, and how many points it passed. Raises `Diverged`."""
+    for part in recorded:
+        script.catch_up(books)
+        if part.life.number < books.lives:
+            continue  # it was ended before it had booked anything
+        if part.life.number > books.lives:
+            raise Diverged(f"the recording goes on with life {part.life.number}, the journal with life {books.lives}")
+        yield part, await replay_life(config, part, books, script, learner, chat)
+
+
 async def replay_life(
     config: RunConfig, part: Part, books: Books, script: Script, learner: Learner, chat: Chat | None = None
 ) -> int:
@@ -246,6 +199,9 @@ async def replay_life(
     async def after(update: Update) -> None:
         books.since.clear()
 
+    def makes() -> bool:
+        return script.makes(books.updates + 1, part.life.number)
+
     make_env: Callable[[Task], Env] = lambda task: _NoEnv()  # noqa: E731
     whole = chat is None or c.agent.kind != "builtin"
     judged = any(entry.kind == "judge" for entry in part.entries)
@@ -266,7 +222,7 @@ async def replay_life(
                 buffer = SampleBuffer(slots, ledger, max_lag=c.rollout.max_lag, on_stale=c.rollout.on_stale)
                 buffer.concurrency = buffer.capacity + 1  # whatever has its turn must not stand behind what has not
                 generator = Generator(c, tasks, slots, ledger, under_way)
-                trainer = Trainer(c, _AtWork(learner, player), policy, slots, ledger, after, Stop())
+                trainer = Trainer(c, _AtWork(learner, player, makes), policy, slots, ledger, after, Stop())
                 for actor in (buffer, generator, trainer):
                     await actors.start(actor)
                 try:
@@ -277,7 +233,7 @@ async def replay_life(
                 await actors.stop(generator)
                 script.over = True
                 player.release()
-    except (_LifeOver, Diverged, ActorError, ActorStopped) as error:
+    except (LifeOver, Diverged, ActorError, ActorStopped) as error:
         # What an actor was stopped by goes to whoever supervises it, in one form or another.
         if script.diverged is None and not script.over:
             raise
@@ -289,17 +245,16 @@ async def replay_life(
     return player.passed
 
 
-async def _until_over(player: Player, trained: Any) -> None:
-    """Until the last update, or the last point of the recording and what follows it."""
+async def _until_over(player: Player, trained: Coroutine[Any, Any, None]) -> None:
+    """Until the last point of the recording and what follows it: rollouts end behind the last update too."""
     watching = asyncio.create_task(player.watch(), name="the watch over the order")
     training = asyncio.create_task(trained, name="the last update")
     try:
         await asyncio.wait({watching, training}, return_when=asyncio.FIRST_COMPLETED)
         if training.done():
             training.result()
-            return
-        watching.result()
-        for _ in range(100):  # turns in which what follows the last point is booked
+        await watching
+        for _ in range(_FOLLOWS):
             await asyncio.sleep(0)
     finally:
         for task in (watching, training):
@@ -321,23 +276,22 @@ async def replay(run: Path, *, tell: Callable[[str], None] = lambda said: None) 
     """Runs the recorded run in this folder again. Changes nothing in it. Raises `RunFolderError`."""
     config = load(run)
     recorded = list(parts(read_recording(run / "recording")))
-    script = Script(read_journal(run / "journal"))
+    script = Script(lambda: read_journal(run / "journal"))
     model = run / "model" if config.model.path == "nano" else Path(config.model.path)
     chat = Chat(load_tokenizer(model))
     lives = points = 0
     diverged: str | None = None
     async with _open_learner(config, model) as learner:
-        books = script.books()
+        books = script.catch_up(Books())
         await _warm_up(config, books, learner, tell)
-        for part in recorded:
+        try:
+            async for part, passed in replay_lives(config, recorded, books, script, learner, chat):
+                lives, points = lives + 1, points + passed
+                tell(f"life {part.life.number}: {script.updates} updates, {script.rollouts} rollouts, as recorded")
             script.catch_up(books)
-            try:
-                points += await replay_life(config, part, books, script, learner, chat)
-            except Diverged as error:
-                diverged = str(error)
-                break
-            lives += 1
-            tell(f"life {part.life.number}: {script.updates} updates, {script.rollouts} rollouts, as recorded")
+            script.check_through()
+        except Diverged as error:
+            diverged = str(error)
     return Replayed(
         lives=lives,
         updates=script.updates,

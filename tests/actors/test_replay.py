@@ -24,11 +24,11 @@ from ale.data.books import Books, LedgerStatistics
 from ale.data.events import Began, Event, GroupBuffered, GroupDropped, Resumed, Updated
 from ale.data.journal import FORMAT, Journal, read_journal
 from ale.data.recording import Answer, Entry, Life, Recording, read_recording
+from ale.data.script import Script
 from ale.data.task_stream import TaskStream
-from ale.errors import RunFolderError
+from ale.errors import Diverged, RunFolderError
 from ale.messages import Rollout, Trajectory
-from ale.player import Diverged
-from ale.replay import Part, Script, parts, replay_life
+from ale.replay import Part, parts, replay_life, replay_lives
 from ale.supervisor import Supervisor
 from ale.testing.clock import run
 from ale.testing.fakes import FakeLearner, FakePolicy, Play, ScriptedEnvs
@@ -141,13 +141,13 @@ class Folder:
 
     def replay(self, change: Callable[[list[Entry]], list[Entry]] = lambda entries: entries) -> Script:
         async def played() -> Script:
-            script, books = Script(self.events()), Books()
+            script, books = Script(self.events), Books()
             learner = Weights(FakePolicy())
-            for part in self.parts():
-                script.catch_up(books)
-                changed = Part(part.life, change(part.entries), part.tasks)
-                learner._policy.version = part.life.version
-                await replay_life(self.config, changed, books, script, Versions(learner))
+            changed = [Part(part.life, change(part.entries), part.tasks) for part in self.parts()]
+            async for _ in replay_lives(self.config, changed, books, script, Versions(learner)):
+                pass
+            script.catch_up(books)
+            script.check_through()
             return script
 
         return run(played())
@@ -246,8 +246,11 @@ class Observed(Script):
     """Lets the run go as it goes, and keeps what was booked."""
 
     def __init__(self) -> None:
-        super().__init__(())
+        super().__init__(list)
         self.seen: list[Event] = []
+
+    def makes(self, update: int, life: int) -> bool:
+        return True
 
     def write(self, event: Event) -> None:
         self.seen.append(event)
