@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -31,12 +31,11 @@ _NAMED = 6
 class Player:
     """A `Tape`. `entries` are those of one life of the run, after its "life"."""
 
-    rolls = True
-
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self._left: Iterator[Entry] = iter([entry for entry in entries if entry.kind != "task"])
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._left = (entry for entry in entries if entry.kind not in ("life", "task"))
         self._waiting: dict[Key, deque[asyncio.Future[Entry]]] = {}
         self._cancelled = Counter[Key]()
+        self._cut_off: list[asyncio.Future[Entry]] = []
         self._head: Entry | None = None
         """What has its turn; None while whoever it was served to has not woken up, and at the end."""
         self._free = self._killed = False
@@ -65,6 +64,8 @@ class Player:
         if answer.error is not None:
             raise _error(*answer.error)
         if answer.given_up:
+            if point == "play":  # has deadlines of its own: it was cut off by the end of the run
+                await self._released()
             raise TimeoutError("it was not waited for any longer")
         return msgspec.msgpack.decode(answer.value, type=type_)
 
@@ -86,8 +87,7 @@ class Player:
         """What is asked for now was cut off by the end of the recorded run: it never comes, and what the recording
         has after it, nothing came of."""
         self._killed = True
-        await asyncio.Event().wait()
-        raise AssertionError("nobody sets it")
+        await self._released()
 
     async def watch(self) -> None:
         """Returns when every point has been passed, or all that came to anything. Raises `Diverged`."""
@@ -117,10 +117,16 @@ class Player:
     def release(self) -> None:
         """Lets everybody go who still waits: the run is being stopped."""
         self._free = True
-        for line in self._waiting.values():
+        for line in (*self._waiting.values(), self._cut_off):
             for future in line:
                 if not future.done():
                     future.set_exception(ActorStopped("the recording is over"))
+
+    async def _released(self) -> NoReturn:
+        future: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
+        self._cut_off.append(future)
+        await future
+        raise AssertionError("it ends by an exception")
 
     # In turn
 

@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -132,29 +133,34 @@ async def _no_judge(trajectory: Trajectory) -> float:
 
 
 class Part(msgspec.Struct, frozen=True):
-    """One life of the recorded run's loop."""
+    """One life of the recorded run's loop. `entries` are read as they are played: a life may last a week."""
 
     life: Life
-    entries: list[Entry]
+    entries: Iterable[Entry]
     tasks: dict[int, Task]
+    """All that the run had taken, by number."""
+    judged: bool
+    """Whether a reward function of a program was asked."""
 
 
-def parts(entries: Iterable[Entry]) -> Iterator[Part]:
-    """The recording, life by life; tasks that an earlier life had taken are known to later ones."""
+def parts(read: Callable[[], Iterable[Entry]]) -> Iterator[Part]:
+    """The recording, life by life: each is to be played before the next is taken. `read` begins at its first entry."""
     tasks: dict[int, Task] = {}
-    life: Life | None = None
-    held: list[Entry] = []
-    for entry in entries:
-        if isinstance(entry.answer, Life):
-            if life is not None:
-                yield Part(life, held, tasks)
-            life, held = entry.answer, []
-        elif isinstance(entry.answer, Stub):
+    judged = False
+    for entry in read():
+        judged |= entry.kind == "judge"
+        if isinstance(entry.answer, Stub):
             tasks[entry.answer.drawn] = entry.answer.task()
-        else:
-            held.append(entry)
-    if life is not None:
-        yield Part(life, held, tasks)
+    begun: list[Life] = []
+
+    def life(entry: Entry) -> int:
+        if isinstance(entry.answer, Life):
+            begun.append(entry.answer)
+        return len(begun)
+
+    for number, entries in groupby(read(), key=life):
+        if number:
+            yield Part(begun[number - 1], entries, tasks, judged)
 
 
 async def replay_lives(
@@ -204,7 +210,6 @@ async def replay_life(
 
     make_env: Callable[[Task], Env] = lambda task: _NoEnv()  # noqa: E731
     whole = chat is None or c.agent.kind != "builtin"
-    judged = any(entry.kind == "judge" for entry in part.entries)
     rollouts = 3 * total * c.rollout.group_size  # all that can be under way, replacements included
     manager = EnvManager(
         policy,
@@ -213,7 +218,7 @@ async def replay_life(
         c.agent,
         concurrency=rollouts,
         play=_no_play if whole else None,
-        judge=_no_judge if judged else None,
+        judge=_no_judge if part.judged else None,
     )
     try:
         async with Supervisor(bus, stop_deadline_s=_STOP_DEADLINE_S) as outer:
@@ -275,7 +280,7 @@ def patient(config: RunConfig) -> RunConfig:
 async def replay(run: Path, *, tell: Callable[[str], None] = lambda said: None) -> Replayed:
     """Runs the recorded run in this folder again. Changes nothing in it. Raises `RunFolderError`."""
     config = load(run)
-    recorded = list(parts(read_recording(run / "recording")))
+    recorded = parts(lambda: read_recording(run / "recording"))
     script = Script(lambda: read_journal(run / "journal"))
     model = run / "model" if config.model.path == "nano" else Path(config.model.path)
     chat = Chat(load_tokenizer(model))

@@ -38,10 +38,6 @@ Point = Literal[
 
 
 class Tape(Protocol):
-    @property
-    def rolls(self) -> bool:
-        """Whether what happens now is part of the record: the asynchronous loop, not the warm start."""
-
     def covers(self, rollout: str) -> bool:
         """Whether the answers that this rollout gets are part of it. Those of an evaluation are not."""
 
@@ -53,8 +49,6 @@ class Tape(Protocol):
 
 class Blank:
     """The tape of a run that is not recorded."""
-
-    rolls = False
 
     def covers(self, rollout: str) -> bool:
         return False

@@ -96,18 +96,11 @@ class Recording(Records):
         self._rolls = False
         self._started = set[str]()
 
-    @property
-    def rolls(self) -> bool:
-        return self._rolls
-
     def begin(self, life: Life, running: Iterable[str]) -> None:
         """From here on it is written down what happens. `running`: the rollouts that are to run again."""
         self._rolls = True
         self._started.update(running)
         self._write("life", str(life.number), life)
-
-    def end(self) -> None:
-        self._rolls = False
 
     def task(self, task: Task, drawn: int) -> None:
         if self._rolls:

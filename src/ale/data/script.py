@@ -78,6 +78,7 @@ class Script:
             said = first_difference(recorded, event, tolerance=TOLERANCE, skip=_CLOCKED)
             said = None if said is None else f"{_named(recorded)}: {said}"
         if said is not None:
+            self.over = True  # what follows from the first difference must not hide it
             self.diverged = f"event {number} of the journal, recorded and replayed: {said}"
             raise Diverged(self.diverged)
 
