@@ -137,10 +137,10 @@ class Run:
             precision=self.config.model.precision,
             record_routing=learning and self.config.algorithm.routing_replay,
         )
-        async with open_embedded(settings) as embedded, self._agent(embedded, model) as play:
-            policy = self._policy = TapedPolicy(embedded, self._bus.tape)
+        async with open_embedded(settings) as policy, self._agent(policy, model) as play:
+            taped = self._policy = TapedPolicy(policy, self._bus.tape)
             manager = EnvManager(
-                policy,
+                taped,
                 self._make_env,
                 self._chat,
                 self.config.agent,
@@ -150,7 +150,7 @@ class Run:
             )
             await self._supervisor.start(manager)
             try:
-                yield policy
+                yield taped
             finally:
                 await self._supervisor.stop(manager)
 
