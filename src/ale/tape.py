@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Literal, Protocol
 
 Point = Literal[
-    "open",  # a group of the next task, named by the number of tasks that had been taken
+    "open",  # a group of the next task
     "start",  # a rollout of a group
     "begin",  # the environment manager takes a rollout up
     "end",  # a rollout's trajectory is looked at: kept or dropped

@@ -71,7 +71,7 @@ class Generator(Actor):
         while True:
             async with self.bus.waiting("a free slot: given back when an update is live"):
                 await self._slots.wait()
-            await self.bus.tape.reach("open", str(self._tasks.drawn))
+            await self.bus.tape.reach("open", f"g{self._ledger.books.opened + 1}")
             task = self._next_task()
             if task is None:
                 return
