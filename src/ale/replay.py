@@ -29,7 +29,7 @@ from ale.bus import Bus
 from ale.config import RunConfig, load
 from ale.data.books import Books
 from ale.data.journal import read_journal
-from ale.data.recording import Entry, Life, Stub, read_recording
+from ale.data.recording import Entry, Life, Stub, check_recorded, read_recording
 from ale.data.script import LifeOver, Script
 from ale.data.task_stream import TaskStream
 from ale.envs.env import Env, Step
@@ -279,6 +279,7 @@ def patient(config: RunConfig) -> RunConfig:
 
 async def replay(run: Path, *, tell: Callable[[str], None] = lambda said: None) -> Replayed:
     """Runs the recorded run in this folder again. Changes nothing in it. Raises `RunFolderError`."""
+    check_recorded(run / "recording")
     config = load(run)
     recorded = parts(lambda: read_recording(run / "recording"))
     script = Script(lambda: read_journal(run / "journal"))

@@ -24,10 +24,12 @@ def replay(
     import msgspec
 
     from ale.config import load
+    from ale.data.recording import check_recorded
     from ale.data.run_log import RunLog
     from ale.embedding import load_pipeline
 
     log = RunLog.open(run)
+    check_recorded(log.path / "recording")
     load_pipeline(load(log.path))  # says what is not installed
     from ale.replay import replay as again
 

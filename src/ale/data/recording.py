@@ -135,13 +135,18 @@ class Recording(Records):
         self.add(_DEFLATED + short if len(short) < len(body) else _PLAIN + body)
 
 
-def read_recording(path: Path) -> Iterator[Entry]:
-    """Every entry, in order; those of one file of a run that may still be going on. Raises `RunFolderError`."""
+def check_recorded(path: Path) -> None:
+    """Raises `RunFolderError` where there is no recording."""
     if not path.is_file():
         raise RunFolderError(
             f"{path.parent} was not recorded: there is no {path.name} in it. A run is recorded from its start, with "
             "ale train --record, or record = true in its configuration."
         )
+
+
+def read_recording(path: Path) -> Iterator[Entry]:
+    """Every entry, in order; those of one file of a run that may still be going on. Raises `RunFolderError`."""
+    check_recorded(path)
     for packed in read_records(path, path.stat().st_size, lambda said: damaged(path, said)):
         try:
             body = zlib.decompress(packed[1:]) if packed[:1] == _DEFLATED else packed[1:]
