@@ -17,10 +17,11 @@ from typing import Any
 import msgspec
 
 from ale.actors.env_manager import EnvManager
+from ale.actors.episodes import Episodes, HeardPolicy
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
 from ale.actors.sample_buffer import SampleBuffer
-from ale.actors.slots import Slots
+from ale.actors.slots import Slots, count_slots
 from ale.actors.stop import Stop
 from ale.actors.taped import TapedPolicy
 from ale.actors.trainer import Learner, Trainer, Update
@@ -47,6 +48,7 @@ from ale.wire import Reply, Request
 _OPEN_DEADLINE_S = 300.0
 _STOP_DEADLINE_S = 1.0
 _FOREVER_S = 1e9
+_ANY = 1 << 30  # episodes begin when the recording says so, not when there is room
 _FOLLOWS = 100  # turns of the event loop in which what follows the last point is booked
 
 
@@ -193,8 +195,8 @@ async def replay_life(
     bus = Bus(tape=player)
     ledger = Ledger(books, script.write)
     policy = TapedPolicy(_NoPolicy(part.life.version), player)
-    total = c.rollout.groups_per_step * (c.rollout.max_lag + 1)
-    slots = Slots(total, books.groups)
+    episodes = Episodes(_ANY)
+    slots = Slots(count_slots(c.rollout), books.groups)
     running = {group.drawn: group for group in books.groups.values() if not group.buffered}
     unknown = [drawn for drawn in running if drawn not in part.tasks]
     if unknown:
@@ -210,12 +212,14 @@ async def replay_life(
 
     make_env: Callable[[Task], Env] = lambda task: _NoEnv()  # noqa: E731
     whole = chat is None or c.agent.kind != "builtin"
-    rollouts = 3 * total * c.rollout.group_size  # all that can be under way, replacements included
+    # All that can be under way, replacements included.
+    rollouts = 3 * slots.total * (c.rollout.group_size + c.rollout.extra_members)
     manager = EnvManager(
-        policy,
+        HeardPolicy(policy, episodes),
         make_env,
         chat,  # type: ignore[arg-type]  # only what plays turn by turn reads it
         c.agent,
+        episodes,
         concurrency=rollouts,
         play=_no_play if whole else None,
         judge=_no_judge if part.judged else None,
@@ -226,7 +230,7 @@ async def replay_life(
             async with Supervisor(bus, stop_deadline_s=_STOP_DEADLINE_S) as actors:
                 buffer = SampleBuffer(slots, ledger, max_lag=c.rollout.max_lag, on_stale=c.rollout.on_stale)
                 buffer.concurrency = buffer.capacity + 1  # whatever has its turn must not stand behind what has not
-                generator = Generator(c, tasks, slots, ledger, under_way)
+                generator = Generator(c, tasks, slots, ledger, episodes, under_way)
                 trainer = Trainer(c, _AtWork(learner, player, makes), policy, slots, ledger, after, Stop())
                 for actor in (buffer, generator, trainer):
                     await actors.start(actor)
@@ -273,7 +277,7 @@ def patient(config: RunConfig) -> RunConfig:
     return replace(
         config,
         agent=replace(config.agent, episode_timeout_s=_FOREVER_S),
-        rollout=replace(config.rollout, batch_deadline_s=_FOREVER_S),
+        rollout=replace(config.rollout, batch_deadline_s=_FOREVER_S, straggler_s=None, straggler_factor=None),
     )
 
 

@@ -21,6 +21,8 @@ Point = Literal[
     "start",  # a rollout of a group
     "begin",  # the environment manager takes a rollout up
     "end",  # a rollout's trajectory is looked at: kept or dropped
+    "redundant",  # a group has all its members: what else of it runs is cancelled
+    "outdated",  # groups that are too old for the next batch are ended
     "group",  # every rollout of a group has ended: buffered or dropped
     "tasks end",  # no other group will be opened
     "heard",  # the buffer takes a message up

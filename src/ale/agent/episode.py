@@ -113,8 +113,12 @@ async def run_episode(
         )
 
     env = make_env(rollout.task)
+    allowed_s = limits.episode_timeout_s
+    straggler = rollout.straggler_s is not None and rollout.straggler_s < allowed_s
+    if rollout.straggler_s is not None and straggler:
+        allowed_s = rollout.straggler_s
     try:
-        async with asyncio.timeout(limits.episode_timeout_s):
+        async with asyncio.timeout(allowed_s) as scope:
             await _converse(rollout, policy, env, chat, limits, record)
             if record.illegal > limits.max_illegal_calls:
                 status, cause = "illegal_tool_calls", f"{record.illegal} malformed calls"
@@ -131,7 +135,8 @@ async def run_episode(
     except EvaluatorError as error:
         status, cause = "evaluator_error", str(error)
     except (TimeoutError, DeadlineExceeded) as error:
-        status, cause = "episode_timeout", str(error) or f"longer than {limits.episode_timeout_s:g} s"
+        status = "straggler" if straggler and scope.expired() else "episode_timeout"
+        cause = str(error) or f"longer than {allowed_s:g} s"
     finally:
         try:
             await env.close()

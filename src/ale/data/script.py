@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from ale.data.books import Books
 from ale.data.compare import first_difference
-from ale.data.events import Began, Evaluated, Event, Recorded, Resumed, TasksShown, Updated
+from ale.data.events import Began, Evaluated, Event, Recorded, Resumed, RolloutDropped, TasksShown, Updated
 from ale.errors import Diverged
 from ale.messages import Trajectory
 
@@ -14,6 +16,8 @@ TOLERANCE = 1e-6
 """Of a loss and of a gradient norm, absolutely or in proportion."""
 # What the clock says, and what the recorded run did beside its loop.
 _CLOCKED = frozenset({"duration_s", "wait_s", "step_s", "values"})
+# Which of its two deadlines an episode ran into, only the clock knows.
+_STRAGGLER, _TIMEOUT = "straggler", "episode_timeout"
 _BESIDE = (Began, TasksShown, Recorded, Evaluated, Resumed)
 
 
@@ -72,6 +76,8 @@ class Script:
             self.loss_apart = max(self.loss_apart, abs(recorded.metrics.loss - event.metrics.loss))
             self.updates += 1
         self.rollouts += type(event).__name__ in ("RolloutKept", "RolloutDropped")
+        if isinstance(recorded, RolloutDropped) and recorded.reason == _STRAGGLER:
+            recorded = msgspec.structs.replace(recorded, reason=_TIMEOUT)
         if type(recorded) is not type(event):
             said: str | None = f"recorded is {_named(recorded)}, replayed is {_named(event)}"
         else:

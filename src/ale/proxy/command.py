@@ -63,6 +63,10 @@ class CommandAgent:
         status: Status = "scored"
         cause: str | None = None
         env = self._make_env(rollout.task)
+        allowed_s = c.episode_timeout_s
+        straggler = rollout.straggler_s is not None and rollout.straggler_s < allowed_s
+        if rollout.straggler_s is not None and straggler:
+            allowed_s = rollout.straggler_s
         opened = self._proxy.episode(
             rollout.id,
             limits=Limits(
@@ -77,7 +81,7 @@ class CommandAgent:
         )
         async with opened as episode:
             try:
-                async with asyncio.timeout(c.episode_timeout_s):
+                async with asyncio.timeout(allowed_s) as scope:
                     instruction = await env.reset()
                     ended = await self._run(env.sandbox, episode, instruction)
                     if not episode.usage.requests:
@@ -91,7 +95,8 @@ class CommandAgent:
             except EvaluatorError as error:
                 status, cause = "evaluator_error", str(error)
             except (TimeoutError, DeadlineExceeded) as error:
-                status, cause = "episode_timeout", str(error) or f"longer than {c.episode_timeout_s:g} s"
+                status = "straggler" if straggler and scope.expired() else "episode_timeout"
+                cause = str(error) or f"longer than {allowed_s:g} s"
             finally:
                 try:
                     await env.close()
