@@ -21,9 +21,9 @@ LAYERS = (
     {"pipeline", "run", "warm_start", "simulation", "replay"},
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub", "player"},
-    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox"}
+    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "waiting", "unnamed"}
     | {"process", "serving", "testing", "virtual_clock"},
-    {"tape", "messages", "task", "config", "progress", "errors", "wire", "audit"},
+    {"tape", "messages", "task", "config", "progress", "errors", "wire", "audit", "vitals", "heart"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.
 KERNELS, CALLERS = "kernels", {"learner", "policy", "algorithm", "models", "kernels"}
