@@ -60,6 +60,11 @@ vllm := env("VLLM_VENV", justfile_directory() / ".venv-vllm")
 @test-vllm *args: vllm
     {{ vllm }}/bin/python -m pytest tests/vllm {{ args }}
 
+# Kill random processes of short runs, resume them, count what is lost: under 45 minutes. just chaos --runs 10
+[no-exit-message]
+@chaos *args: setup
+    python -m bench.chaos {{ args }}
+
 # Formatting, lint and types, changing nothing
 @check: setup && types
     ruff format --check

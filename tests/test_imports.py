@@ -17,13 +17,13 @@ PACKAGE = Path(ale.__file__).parent
 
 # From the top down. A part may import from its own layer and from those below; parts are modules and packages of `ale`.
 LAYERS = (
-    {"cli", "commands", "doctor", "embedding", "plan", "plot", "progress_view", "service", "show", "task_env"},
-    {"pipeline", "run", "warm_start", "simulation"},
+    {"cli", "commands", "diff", "doctor", "embedding", "plan", "plot", "progress_view", "service", "show", "task_env"},
+    {"pipeline", "run", "warm_start", "simulation", "replay"},
     {"actors"},
-    {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub"},
+    {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub", "player"},
     {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "waiting", "unnamed"}
     | {"process", "serving", "testing", "virtual_clock"},
-    {"messages", "task", "config", "progress", "errors", "wire", "audit", "vitals", "heart"},
+    {"tape", "messages", "task", "config", "progress", "errors", "wire", "audit", "vitals", "heart"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.
 KERNELS, CALLERS = "kernels", {"learner", "policy", "algorithm", "models", "kernels"}

@@ -28,6 +28,7 @@ import msgspec
 from ale.errors import ActorError
 from ale.inbox import ActorStatistics, Inbox
 from ale.mailbox import OWNER, Ask, Envelope, Mailbox, Wait
+from ale.tape import Blank, Tape
 from ale.topic import M, Overflow, Publisher, Subscription, Topic
 from ale.waiting import register, waiting
 from ale.wire import Message, Reply, Request, round_trip
@@ -65,7 +66,9 @@ class Addresses(dict[str, Inbox]):
 class Bus:
     """Routes messages by actor name and by message type. Built inside a running event loop, which it stays on."""
 
-    def __init__(self, *, plain: bool = False) -> None:
+    def __init__(self, *, plain: bool = False, tape: Tape | None = None) -> None:
+        self.tape: Tape = tape or Blank()
+        """Where actors pass the points at which the order of a run is decided."""
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
         self._plain = plain

@@ -24,6 +24,7 @@ import ale
 from ale.commands.agent import agent, sessions
 from ale.commands.hub import app as hub_commands
 from ale.commands.loop import run_to_end
+from ale.commands.replay import diff, replay
 from ale.commands.sandbox import app as sandbox_commands
 from ale.commands.simulate import simulate
 from ale.commands.why import why
@@ -49,6 +50,8 @@ models = typer.Typer(help="Make local models.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.command()(why)
 app.command()(agent)
+app.command()(replay)
+app.command()(diff)
 app.command()(simulate)
 app.add_typer(sessions, name="sessions")
 app.add_typer(sandbox_commands, name="sandbox")
@@ -88,6 +91,7 @@ def train(
     sandbox: Sandbox = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run of this name.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Keep what `ale replay` needs to run it again.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would need, and run nothing; no weights are needed.")
     ] = False,
@@ -106,7 +110,7 @@ def train(
         raise UserError("--overwrite deletes the earlier run and --resume goes on with it: choose one.")
     if devices is not None and not dry_run:
         raise UserError("--devices is for a plan: it needs --dry-run. A run takes the devices that there are.")
-    run = _load(config, overrides, name, seed, sandbox)
+    run = _load(config, [*(overrides or ()), *(["record=true"] if record else [])], name, seed, sandbox)
     if dry_run:
         _plan(run, devices)
         return

@@ -277,6 +277,8 @@ class RunConfig(_Section, frozen=True):
     name: str = "run"
     seed: int = 0
     runs_dir: str = "runs"
+    record: bool = False
+    """Keep what came from outside and in which order, so that `ale replay` can run it again (docs/replay.md)."""
     model: ModelConfig = ModelConfig()
     policy: PolicyConfig = PolicyConfig()
     tasks: TasksConfig = TasksConfig()

@@ -21,6 +21,7 @@
     ├── PolicyError          the engine that generates tokens failed
     ├── EvaluatorError       the tests of a task crashed or timed out: no reward can be trusted
     ├── LearnerError         the learner failed
+    ├── Diverged             a replay does not go as its recording says
     └── WorkerDied           a worker process ended without being told to
 
 A failed rollout is data with its cause (`Trajectory.status`), not an exception.
@@ -138,3 +139,7 @@ def first_error(errors: ExceptionGroup) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+class Diverged(AleError):
+    """The message names the first difference."""

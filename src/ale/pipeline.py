@@ -93,13 +93,21 @@ async def _train(
     watch: Callable[[Update], Coroutine[Any, Any, None]] | None,
     stuck: Callable[[str], None] | None,
 ) -> Summary:
-    tasks = TaskStream(source.train)
+    recording = folder.recording
+    tasks = TaskStream(source.train, None if recording is None else recording.task)
     ledger = Ledger(folder.books, folder.journal.write)
     books, updates = ledger.books, config.learner.updates
     model = await _model_directory(config, tasks, folder.model)
     state = folder.checkpoint.learner if folder.checkpoint is not None else None
     opened = Run.open(
-        config, model, make_env=source.make_env, judge=judge, stop=stop, keep=folder.keep_moment, stuck=stuck
+        config,
+        model,
+        make_env=source.make_env,
+        judge=judge,
+        stop=stop,
+        tape=recording,
+        keep=folder.keep_moment,
+        stuck=stuck,
     )
     register().recorder = folder.timeline.span
     async with opened as run, run.learner_process(model, state) as learner:
@@ -155,7 +163,7 @@ async def _train(
                         evaluator.due(number)
                 if books.updates:
                     await at(books.updates)
-                await run.optimise(learner, tasks, ledger, after)
+                await run.optimise(learner, tasks, folder, ledger, after)
                 await stop.unless(evaluator.drained())
             await run.export(learner, folder.export("final"))
             heldout_after, families_after = await evaluate_once("after", updates)
@@ -178,6 +186,8 @@ async def _train(
         max_lag_allowed=config.rollout.max_lag,
         lost_samples=end.lost,
         dropped_by_reason=end.dropped,
+        lives=books.lives,
+        restarted=books.restarted,
         versions=versions(),
     )
     folder.finish(summary)

@@ -62,6 +62,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     lost_samples: int
     """Samples started that were neither trained on, buffered, running nor dropped with a reason: always 0."""
     dropped_by_reason: dict[str, int]
+    lives: int = 1
+    """How often it was started: 1 where it was never resumed."""
+    restarted: int = 0
+    """Rollouts that were cut off by the end of a life and ran again from their start in the next."""
     versions: Versions
 
 

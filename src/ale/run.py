@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from ale.actors.concurrency import Concurrency, free_memory_mb
-from ale.actors.env_manager import EnvManager, Play
+from ale.actors.env_manager import EnvManager
 from ale.actors.episodes import Episodes, HeardPolicy
 from ale.actors.evaluation import evaluate_tasks, rate
 from ale.actors.evaluator import Evaluator
@@ -28,6 +27,7 @@ from ale.actors.reward import Reward
 from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots, count_slots
 from ale.actors.stop import Stop
+from ale.actors.taped import Play, TapedPolicy
 from ale.actors.trainer import Trainer, Update, redo
 from ale.actors.watchdog import Keep, Watchdog
 from ale.agent.chat import Chat
@@ -35,6 +35,7 @@ from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
 from ale.data.events import Evaluated, TasksShown
+from ale.data.recording import Life
 from ale.data.run_folder import RunFolder
 from ale.data.task_stream import TaskStream
 from ale.envs.env import MakeEnv
@@ -45,7 +46,6 @@ from ale.learner.weights import create_memory
 from ale.mailbox import Wait
 from ale.messages import (
     Demonstration,
-    Imitate,
     OpenLearner,
     Saved,
     SaveModel,
@@ -56,20 +56,20 @@ from ale.messages import (
 from ale.models.load import load_tokenizer
 from ale.policy.embedded import EmbeddedPolicy
 from ale.policy.open import Learning, open_policy
-from ale.policy.port import Policy
+from ale.policy.port import OpenPolicy, Policy
 from ale.policy.turnwise import TurnwisePolicy
 from ale.process import WorkerProcess
 from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
+from ale.tape import Tape
 from ale.task import Task
 from ale.waiting import held_up, named, progressed, register
-from ale.warm_start import CHECK_TASKS, Checks, choose_demonstrated
+from ale.warm_start import CHECK_TASKS, Checks, choose_demonstrated, imitation
 
 Report = Callable[[Progress], None]
 _OPEN_DEADLINE_S = 300.0
 _GRADERS = 4
-_WARM_UP_STEPS = 20
 _BEAT_S = 1.0
 _SHOWN_WAITS = 6
 
@@ -121,6 +121,7 @@ class Run:
         make_env: MakeEnv | None = None,
         judge: Judge | None = None,
         stop: Stop | None = None,
+        tape: Tape | None = None,
         keep: Keep = lambda moment: None,
         stuck: Callable[[str], None] | None = None,
     ) -> AsyncIterator[Run]:
@@ -128,7 +129,7 @@ class Run:
         model's chat template cannot say what the agent is told."""
         chat = Chat(load_tokenizer(model))
         chat.start("an instruction", config.agent.system_prompt)
-        bus = Bus()
+        bus = Bus(tape=tape)
         async with AsyncExitStack() as stack:
             box = config.sandbox
             opened = open_engine(box.kind, image=box.image, runtime=box.runtime, label=f"run {config.name}")
@@ -161,16 +162,18 @@ class Run:
                 assert isinstance(engine, EmbeddedPolicy)  # the configuration sees to it
                 pool = Pool(devices=self.config.model.pool, training=self.config.model.threads)
                 self._devices = await open_devices(pool, engine.set_threads)
-            policy = TurnwisePolicy(engine, drain_s=c.turn_drain_s) if c.versions == "turn" else engine
-            heard = HeardPolicy(policy, self._episodes)
-            play = await stack.enter_async_context(self._agent(heard, model))
-            self._counters = engine.counters
-            self._policy = policy
+            policy: OpenPolicy = engine
+            if c.versions == "turn":
+                policy = TurnwisePolicy(engine, drain_s=c.turn_drain_s)
+            self._counters = policy.counters
+            # An agent that is a program is on the tape as a whole; the turns of any other are, one by one.
+            play = await stack.enter_async_context(self._agent(HeardPolicy(policy, self._episodes), model))
+            taped = self._policy = TapedPolicy(policy, self._bus.tape)
             self._concurrency = Concurrency(
                 self._episodes, engine.statistics, self._sandbox_room, most=c.concurrency, adaptive=c.adaptive
             )
             manager = EnvManager(
-                heard,
+                HeardPolicy(taped, self._episodes),
                 self._make_env,
                 self._chat,
                 self.config.agent,
@@ -182,7 +185,7 @@ class Run:
             await self._supervisor.start(manager)
             await self._supervisor.start(self._concurrency)
             try:
-                yield policy
+                yield taped
             finally:
                 await self._supervisor.stop(self._concurrency)
                 await self._supervisor.stop(manager)
@@ -258,21 +261,14 @@ class Run:
             else:
                 await asyncio.to_thread(tasks.go_to, books.drawn - books.looked_at, {})
                 looked_at = tuple(islice(tasks, books.looked_at))
-            demonstrations = books.demonstrations or ()
             checks = Checks.of(c.stop_at, books.rates)
-            rng, order = random.Random(self.config.seed), list[Demonstration]()
-            for step in range(1, c.steps + 1):
-                if len(order) < c.batch:
-                    order = rng.sample(demonstrations, len(demonstrations))
-                batch = tuple(order.pop() for _ in range(min(c.batch, len(order))))
+            for step, request in enumerate(imitation(c, self.config.seed, books.demonstrations or ()), start=1):
                 if step < books.warm_steps:
                     continue
                 check = checks.due(step)
                 evaluation = c.eval_every > 0 and step % c.eval_every == 0
                 if step > books.warm_steps:
                     self.stop.check()
-                    rate = c.learning_rate * min(1.0, step / _WARM_UP_STEPS)
-                    request = Imitate(demonstrations=batch, learning_rate=rate, weight_decay=c.weight_decay)
                     metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
                     books.warm_steps = step
                     progressed(f"step {step} of the warm start")
@@ -290,7 +286,12 @@ class Run:
         await self.checkpoint(learner, folder, ledger)
 
     async def optimise(
-        self, learner: WorkerProcess, tasks: TaskStream, ledger: Ledger, after: Callable[[Update], Awaitable[None]]
+        self,
+        learner: WorkerProcess,
+        tasks: TaskStream,
+        folder: RunFolder,
+        ledger: Ledger,
+        after: Callable[[Update], Awaitable[None]],
     ) -> None:
         """The asynchronous loop: returns after the last update. What still runs then stays in the books as running."""
         c, books = self.config.rollout, ledger.books
@@ -300,6 +301,9 @@ class Run:
         wanted = {drawn: group.task for drawn, group in running.items()}
         found = await asyncio.to_thread(tasks.go_to, books.drawn, wanted)
         slots = Slots(count_slots(c), books.groups)
+        if folder.recording is not None:
+            life = Life(number=books.lives, journal=folder.journal.size, version=self.policy.version)
+            folder.recording.begin(life, [name for group in running.values() for name in group.running])
         async with Supervisor(self._bus, on_failure=self.watchdog.freeze) as actors:
             buffer = SampleBuffer(slots, ledger, max_lag=c.max_lag, on_stale=c.on_stale)
             under_way = {running[drawn].id: task for drawn, task in found.items()}
@@ -389,7 +393,6 @@ class Run:
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
             "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
             **{name: float(n) for name, n in register().counters.items()},
-            "turns_restarted": float(self._policy.restarted if isinstance(self._policy, TurnwisePolicy) else 0),
             **self._counters(),
             **(self._concurrency.load() if self._concurrency is not None else {}),
         }

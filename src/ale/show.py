@@ -216,6 +216,8 @@ def print_overview(seen: Overview, console: Console) -> None:
             f"  {b['started']} started = {b['trained']} trained + {b['buffered']} buffered + {b['running']} running "
             f"+ {sum(dropped.values())} dropped"
         )
+        if b.get("lives", 1) > 1:
+            say(f"  {b['lives']} lives; {b['restarted']} rollouts were cut off and ran again from their start")
         means = b.get("dropped_tokens", {})
         say.pairs(
             {reason: f"{n} dropped, {means.get(reason, 0.0):.0f} tokens on average" for reason, n in dropped.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 
+from ale.config import WarmStartConfig
 from ale.errors import ConfigError
+from ale.messages import Demonstration, Imitate
 from ale.progress import Rate
 from ale.task import Task
 
@@ -16,6 +19,8 @@ CHECK_TASKS = 64
 _NAME = "warm_start_check_"
 # Tasks looked at for each demonstration wanted, before the stream is said to lack them.
 _LOOK_AT_MOST = 50
+# The first steps are smaller.
+_WARM_UP_STEPS = 20
 
 
 class Checks:
@@ -69,3 +74,16 @@ def choose_demonstrated(tasks: Iterator[Task], total: int, by_family: dict[str, 
             return chosen
     missing = ", ".join(f"{n} of {family}" for family, n in left.items() if n) or f"{total - len(chosen)}"
     raise ConfigError(f"warm_start: the tasks offer too few solutions to demonstrate; missing: {missing}.")
+
+
+def imitation(config: WarmStartConfig, seed: int, demonstrations: Sequence[Demonstration]) -> Iterator[Imitate]:
+    """The supervised updates of a warm start, one after the other: every demonstration once before any comes again."""
+    rng, order = random.Random(seed), list[Demonstration]()
+    for step in range(1, config.steps + 1):
+        if len(order) < config.batch:
+            order = rng.sample(demonstrations, len(demonstrations))
+        yield Imitate(
+            demonstrations=tuple(order.pop() for _ in range(min(config.batch, len(order)))),
+            learning_rate=config.learning_rate * min(1.0, step / _WARM_UP_STEPS),
+            weight_decay=config.weight_decay,
+        )

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+import ale
 from ale.config import LearnerConfig, RolloutConfig, RunConfig
-from ale.data.events import Recorded, Resumed, Updated
+from ale.data.events import Began, Recorded, Resumed, Updated
+from ale.data.journal import FORMAT
 from ale.data.run_folder import RunFolder, versions
 from ale.errors import ConfigError, RunFolderError
 from ale.messages import Chunk, StepMetrics, ToolResult, Trajectory
@@ -108,8 +110,10 @@ def test_a_run_may_be_given_more_updates_and_that_is_recorded(tmp_path: Path) ->
     RunFolder(config(tmp_path)).__exit__(None, None, None)
     more = config(tmp_path, learner=LearnerConfig(updates=200))
     with RunFolder(more, resume=True) as folder:
-        (event,) = folder.journal.read()
-    assert event == Resumed(changed={"learner.updates": "was 100, is 200"})
+        began, event = folder.journal.read()
+    assert began == Began(format=FORMAT, ale=ale.__version__)
+    changed = {"learner.updates": "was 100, is 200"}
+    assert event == Resumed(changed=changed, format=FORMAT, ale=ale.__version__)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["learner"]["updates"] == 200
 
 

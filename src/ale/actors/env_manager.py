@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from ale.actor import Actor
 from ale.actors.episodes import Episodes
 from ale.actors.slots import count_slots
+from ale.actors.taped import Play, taped_env, taped_judge, taped_play
 from ale.agent.chat import Chat
 from ale.agent.episode import Judge, run_episode
 from ale.config import AgentConfig, RunConfig
@@ -29,9 +30,6 @@ def rollout_deadline_s(config: RunConfig) -> float:
     training = count_slots(c) * (c.group_size + c.extra_members)
     rounds = 1 + (training + 2 * c.concurrency) / (1 if c.adaptive else c.concurrency)
     return config.agent.episode_timeout_s * rounds + _SLACK_S
-
-
-Play = Callable[[Rollout], Awaitable[Trajectory]]
 
 
 class EnvManager(Actor):
@@ -71,9 +69,15 @@ class EnvManager(Actor):
         return None
 
     async def _episode(self, rollout: Rollout) -> Trajectory:
-        if self._play is not None:
-            return await self._play(rollout)
-        return await run_episode(rollout, self._policy, self._make_env, self._chat, self._limits, self._judge)
+        tape, play, make_env, judge = self.bus.tape, self._play, self._make_env, self._judge
+        if tape.covers(rollout.id):
+            await tape.reach("begin", rollout.id)
+            make_env, judge = taped_env(make_env, rollout.id, tape), taped_judge(judge, rollout.id, tape)
+            if play is not None:
+                return await taped_play(play, rollout, tape)
+        if play is not None:
+            return await play(rollout)
+        return await run_episode(rollout, self._policy, make_env, self._chat, self._limits, judge)
 
 
 def _told(trajectory: Trajectory) -> Trajectory:

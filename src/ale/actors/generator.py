@@ -81,6 +81,7 @@ class Generator(Actor):
         except ExceptionGroup as errors:
             error = first_error(errors)
             raise error from error.__cause__
+        await self.bus.tape.reach("tasks end", str(self._ledger.books.opened))
         await self.bus.tell("buffer", TasksEnded(started=self._ledger.books.opened), deadline_s=_TELL_DEADLINE_S)
 
     async def _start_groups(self, groups: asyncio.TaskGroup) -> None:
@@ -88,6 +89,7 @@ class Generator(Actor):
         while True:
             async with self.bus.waiting("a free slot: given back when an update is live", on="actor trainer"):
                 await self._slots.wait()
+            await self.bus.tape.reach("open", f"g{self._ledger.books.opened + 1}")
             task = self._next_task()
             if task is None:
                 return
@@ -114,6 +116,7 @@ class Generator(Actor):
 
     async def _group(self, group: OpenGroup, task: Task) -> None:
         await self._run_members(group, task)
+        await self.bus.tape.reach("group", group.id)
         if len(group.members) < self._config.rollout.group_size:
             failed = ", ".join(f"{n} {reason}" for reason, n in sorted(group.failed.items()))
             # An agent that cannot call tools yet is counted with the dropped; anything else may need the user.
@@ -142,6 +145,7 @@ class Generator(Actor):
             what = "the next batch to be taken, after which older groups end"
             async with self.bus.waiting(what, on="actor trainer"):
                 await self._slots.raised.wait()
+            await self.bus.tape.reach("outdated", str(self._slots.floor))
             self._slots.raised.clear()
             for name, task in list(self._groups.items()):
                 group = self._ledger.books.groups.get(name)
@@ -168,20 +172,26 @@ class Generator(Actor):
         attempts = c.group_size * (1 + _REPLACEMENTS) + c.extra_members
         async with asyncio.TaskGroup() as rollouts:
             running: dict[str, asyncio.Task[None]] = {}
-            wanted = list(group.running)
+
+            def begin(name: str) -> None:
+                running[name] = rollouts.create_task(self._rollout(name, group, task), name=f"rollout {name}")
+
+            for name in list(group.running):
+                begin(name)
             while len(group.members) < c.group_size:
-                at_once = c.group_size + c.extra_members - len(group.members)
-                while len(group.running) < at_once and group.started < attempts:
-                    wanted.append(self._ledger.start(group))
-                for name in wanted:
-                    running[name] = rollouts.create_task(self._rollout(name, group, task), name=f"rollout {name}")
-                wanted = []
+                while (
+                    len(group.running) + len(group.members) < c.group_size + c.extra_members
+                    and group.started < attempts
+                ):
+                    await self.bus.tape.reach("start", f"{group.id}/{group.started}")
+                    begin(self._ledger.start(group))
                 if not running:
                     return
                 with named(f"{len(running)} rollouts of group {group.id}", on="actor envs"):
                     await asyncio.wait(running.values(), return_when=asyncio.FIRST_COMPLETED)
                 for name in [name for name, one in running.items() if one.done()]:
                     running.pop(name).result()
+            await self.bus.tape.reach("redundant", group.id)
             for unneeded in running.values():
                 unneeded.cancel()
             self._end_running(group, Reason.REDUNDANT)
@@ -194,6 +204,7 @@ class Generator(Actor):
         )
         rollout = Rollout(id=name, group=group.id, task=task, sampling=sampling, straggler_s=self._straggler_s())
         trajectory = await self.bus.ask("envs", rollout, deadline_s=rollout_deadline_s(self._config))
+        await self.bus.tape.reach("end", name)
         if name not in group.running:
             return  # it was ended in the very moment of its answer, and is booked as that
         if len(group.members) == c.group_size:

@@ -53,6 +53,8 @@ class SampleBuffer(Actor):
             self._changed.set()
 
     async def receive(self, message: Message) -> Batch | None:
+        if not isinstance(message, TakeBatch):
+            await self.bus.tape.reach("heard", f"{type(message).__name__} {_name_of(message)}")
         match message:
             case GroupStarted(group=name):
                 self._groups[name] = None
@@ -73,6 +75,7 @@ class SampleBuffer(Actor):
 
     async def _take(self, version: int, wanted: int) -> Batch:
         while True:
+            await self.bus.tape.reach("look", str(version))
             self._changed.clear()
             self._discard_stale(version)
             ready = self._ready(wanted)
@@ -109,3 +112,11 @@ class SampleBuffer(Actor):
             self._ledger.drop_group(name, Reason.STALE)
             del self._groups[name]
             self._slots.give_back(name)
+
+
+def _name_of(message: Message) -> str:
+    match message:
+        case Group(id=name) | GroupStarted(group=name) | GroupEnded(group=name):
+            return name
+        case _:
+            return ""

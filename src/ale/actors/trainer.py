@@ -105,6 +105,7 @@ class Trainer(Actor):
         version = self._policy.version
         request = TakeBatch(version=version, groups=self._config.rollout.groups_per_step)
         deadline_s = self._config.rollout.batch_deadline_s
+        await self.bus.tape.reach("ask", str(number))
         batch = await self._stop.unless(self.bus.ask("buffer", request, deadline_s=deadline_s))
         taken = clock.time()
         lag = version - min(g.oldest_version for g in batch.groups)
@@ -116,6 +117,7 @@ class Trainer(Actor):
                 train_step(batch.groups, self._config), deadline_s=self._config.learner.step_deadline_s
             )
         stepped = clock.time()
+        await self.bus.tape.reach("step", str(number))
         self._ledger.train(
             Updated(
                 number=number,

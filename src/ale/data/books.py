@@ -14,6 +14,7 @@ import msgspec
 
 from ale.algorithm.selection import Outcomes
 from ale.data.events import (
+    Began,
     Evaluated,
     Event,
     Exchange,
@@ -107,6 +108,9 @@ class Books(msgspec.Struct, kw_only=True):
     tokens: int = 0
     training_s: float = 0.0
     max_lag: int = 0
+    lives: int = 1
+    restarted: int = 0
+    """Rollouts that a kill or Ctrl-C cut off, and that ran again from their start: counted each time."""
 
     @property
     def running(self) -> int:
@@ -159,6 +163,9 @@ class Books(msgspec.Struct, kw_only=True):
             case Evaluated(name=name, update=update, rate=rate, sizes=sizes):
                 self.rates[f"{name}@{update}"], self.sizes = rate, sizes
             case Resumed():
+                self.lives += 1
+                self.restarted += sum(len(group.running) for group in self.groups.values())
+            case Began():
                 pass
 
     def _group_of(self, rollout: str) -> OpenGroup:
@@ -214,6 +221,10 @@ class LedgerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     dropped: dict[str, int]
     dropped_tokens: dict[str, float]
     """Mean action tokens of what was dropped, by reason: throwing away what is late throws away what is long."""
+    lives: int = 1
+    restarted: int = 0
+    """Rollouts that the end of a life cut off and that ran again from their start, under their own name: none of them
+    is started twice in the books."""
 
     @property
     def lost(self) -> int:
@@ -228,4 +239,6 @@ class LedgerStatistics(msgspec.Struct, frozen=True, kw_only=True):
             trained=books.trained,
             dropped=dict(books.dropped),
             dropped_tokens={k: books.dropped_tokens[k] / n for k, n in books.dropped.items()},
+            lives=books.lives,
+            restarted=books.restarted,
         )

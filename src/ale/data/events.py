@@ -1,6 +1,6 @@
 """What a run's journal can say, in the order in which it comes about. `books.py` says what each of them means.
 
-TasksShown  Evaluated  [GroupOpened  RolloutStarted  RolloutKept | RolloutDropped  GroupBuffered | GroupDropped
+Began  TasksShown  Evaluated  [GroupOpened  RolloutStarted  RolloutKept | RolloutDropped  GroupBuffered | GroupDropped
 Updated  Recorded]  Evaluated  Resumed
 """
 
@@ -28,6 +28,13 @@ class Exchange(msgspec.Struct, frozen=True, array_like=True):
 
     place: int
     earned: float
+
+
+class Began(_Event, frozen=True):
+    """`Began(format=1, ale="0.1.0")`: the first record of a run, and the format of those that follow (`journal.py`)."""
+
+    format: int
+    ale: str
 
 
 class TasksShown(_Event, frozen=True):
@@ -115,13 +122,17 @@ class Evaluated(_Event, frozen=True):
 
 
 class Resumed(_Event, frozen=True):
-    """`Resumed(changed={"learner.updates": "140 -> 200"})`: another life begins."""
+    """`Resumed(changed={"learner.updates": "140 -> 200"}, format=1, ale="0.1.0")`: another life begins, in which the
+    rollouts that were under way run again from their start."""
 
     changed: dict[str, str] = {}
+    format: int = 0
+    ale: str = ""
 
 
 Event = (
-    TasksShown
+    Began
+    | TasksShown
     | GroupOpened
     | RolloutStarted
     | RolloutKept

@@ -1,39 +1,40 @@
-"""The journal of a run: one file that only grows, a record for each thing that happened, each with its checksum.
+"""The journal of a run: what happened, in order, in checksummed records (`records.py`).
 
-    record = length of the body (u32) | CRC-32 of the body (u32) | CRC-32 of these two (u32) | body
-    body   = msgpack of [seconds since the run began, event]
+    body = msgpack of [seconds since the run began, event]
 
-A record is handed to the kernel before anything acts on what it says, so SIGKILL at any moment leaves whole records and
-at most one torn one, the last, which is cut off when the journal is opened again. A loss of power may take the end of
-the file with it; `sync` bounds that.
+An event is in the journal before anything acts on what it says.
+
+**Format.** The first event of a run says in which format the journal is, and so does each `Resumed`, for another life
+may be that of another version of ale. A journal that says nothing is of format 0. What is added to events has a
+default, so that older records are read as they were meant; a change that older code would misread raises `FORMAT`, and
+that code then refuses the journal by its number.
 """
 
 from __future__ import annotations
 
 import logging
-import struct
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from ale.data.disk import AppendedFile
-from ale.data.events import Event
+from ale.data.events import Began, Event, Resumed
+from ale.data.records import HEADER, Records, read_records
 from ale.errors import RunFolderError
 
 logger = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<III")
+FORMAT = 1
+"""What this version writes. It reads all that are not higher."""
 
 
-class Journal(AppendedFile):
+class Journal(Records):
     """Appends `Event`s. `elapsed_s` counts on from the last record: the run's wall time over all of its lives."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file, or makes it. Raises `RunFolderError` when something in it is damaged."""
-        super().__init__(path)
+        super().__init__(path, lambda said: _damaged(path, said))
         self._decoder = msgspec.msgpack.Decoder(tuple[float, Event])
         self._encoder = msgspec.msgpack.Encoder()
         try:
@@ -49,56 +50,49 @@ class Journal(AppendedFile):
 
     def write(self, event: Event) -> None:
         """When this returns, no end of this process can undo it. Raises `RunFolderError`: the disk is full."""
-        body = self._encoder.encode((self.elapsed_s, event))
-        head = struct.pack("<II", len(body), zlib.crc32(body))
-        self.append(head + struct.pack("<I", zlib.crc32(head)) + body)
+        self.add(self._encoder.encode((self.elapsed_s, event)))
 
     def read(self, offset: int = 0) -> Iterator[Event]:
         """The events from `offset` on, which is what `size` was at some time."""
-        for body in self._bodies(offset):
+        for body in self.bodies(offset):
             yield self._decode(body)[1]
 
     def _decode(self, body: bytes) -> tuple[float, Event]:
         try:
-            return self._decoder.decode(body)
+            elapsed_s, event = self._decoder.decode(body)
         except msgspec.MsgspecError as error:
-            raise self._damaged(f"another version of ale wrote it ({error})") from error
+            raise self.damaged(f"another version of ale wrote it ({error})") from error
+        if isinstance(event, Began | Resumed) and event.format > FORMAT:
+            raise RunFolderError(
+                f"The journal {self.path} is of format {event.format}, which a newer version of ale wrote; this one "
+                f"reads formats up to {FORMAT}. Resume the run with that version."
+            )
+        return elapsed_s, event
 
     def _mend(self) -> float:
         """Cuts off a torn last record. Returns the time of the last whole one."""
         elapsed_s, end = 0.0, 0
-        for body in self._bodies(0):
+        for body in self.bodies():
             elapsed_s = self._decode(body)[0]
-            end += _HEADER.size + len(body)
+            end += HEADER.size + len(body)
         if end < self.size:
             logger.warning("%s: the last record was cut off in the middle; its %d bytes go", self.path, self.size - end)
             self.cut(end)
         return elapsed_s
 
-    def _bodies(self, offset: int) -> Iterator[bytes]:
-        """The bodies of whole records; ends before a torn one, raises where a whole one is damaged."""
-        if offset > self.size:
-            raise self._damaged(f"it ends at byte {self.size}, a checkpoint was taken at byte {offset}")
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            while offset + _HEADER.size <= self.size:
-                head = file.read(_HEADER.size)
-                length, checksum, head_checksum = _HEADER.unpack(head)
-                end = offset + _HEADER.size + length
-                if zlib.crc32(head[:8]) != head_checksum:
-                    raise self._damaged(f"there is no record at byte {offset}")
-                if end > self.size:
-                    return
-                body = file.read(length)
-                if zlib.crc32(body) != checksum:
-                    if end == self.size:  # the blocks of the last write did not all reach the disk
-                        return
-                    raise self._damaged(f"the checksum of the record at byte {offset} does not agree")
-                yield body
-                offset = end
 
-    def _damaged(self, said: str) -> RunFolderError:
-        return RunFolderError(
-            f"The journal {self.path} is damaged: {said}. The run cannot be resumed from it: put the file back as it "
-            "was, or start the run anew with --overwrite. Its checkpoints can still be evaluated."
-        )
+def read_journal(path: Path) -> Iterator[Event]:
+    """The events of a journal that may be that of a living run: reads only. Raises `RunFolderError`."""
+    decoder = msgspec.msgpack.Decoder(tuple[float, Event])
+    for body in read_records(path, path.stat().st_size, lambda said: _damaged(path, said)):
+        try:
+            yield decoder.decode(body)[1]
+        except msgspec.MsgspecError as error:
+            raise _damaged(path, f"another version of ale wrote it ({error})") from error
+
+
+def _damaged(path: Path, said: str) -> RunFolderError:
+    return RunFolderError(
+        f"The journal {path} is damaged: {said}. The run cannot be resumed from it: put the file back as it "
+        "was, or start the run anew with --overwrite. Its checkpoints can still be evaluated."
+    )

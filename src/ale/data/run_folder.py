@@ -2,6 +2,7 @@
 
 config.json  metrics.jsonl  trajectories.jsonl  tensorboard/  checkpoints/  summary.json   to be read
 model/  journal  state/  lock                                                              to resume from
+recording                                                                                  to replay
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ from ale.data.board import Board
 from ale.data.books import Books
 from ale.data.checkpoints import Checkpoint, Checkpoints, freeze
 from ale.data.disk import AppendedFile, replace
-from ale.data.events import FileSizes, Resumed
+from ale.data.events import Began, FileSizes, Resumed
 from ale.data.instruments import Page
-from ale.data.journal import Journal
+from ale.data.journal import FORMAT, Journal
 from ale.data.moment import Moment
 from ale.data.moment import read as read_moment
 from ale.data.moment import write as write_moment
+from ale.data.recording import Recording
 from ale.data.timeline import Timeline
 from ale.errors import ConfigError, RunFolderError
 from ale.messages import Trajectory
 from ale.progress import Summary, Versions
 from ale.wire import Array
 
-F = TypeVar("F", AppendedFile, Journal, Board)
+F = TypeVar("F", AppendedFile, Journal, Recording, Board)
 
 # A resumed run may have other values of these: none of them decides what is sampled or how it is trained on.
 _MAY_CHANGE = {
@@ -91,6 +93,9 @@ class RunFolder:
             self.journal = self._closing(Journal(self.path / "journal"))
             if resume:
                 self._restore(config, changed)
+            else:
+                self.journal.write(Began(format=FORMAT, ale=ale.__version__))
+            self.recording = self._closing(Recording(self.path / "recording")) if config.record else None
             self._metrics = self._lines("metrics.jsonl", self.books.sizes.metrics)
             self._trajectories = self._lines("trajectories.jsonl", self.books.sizes.trajectories)
             self._board = self._closing(Board(self.path / "tensorboard", self.books.recorded))
@@ -167,7 +172,9 @@ class RunFolder:
                 f"{len(self.books.since)} updates have to be made again as they were. Resume the run as it was first; "
                 "after its end, or after Ctrl-C, it can be given more updates."
             )
-        self.journal.write(Resumed(changed=changed))
+        resumed = Resumed(changed=changed, format=FORMAT, ale=ale.__version__)
+        self.journal.write(resumed)
+        self.books.apply(resumed)
         _save_config(self.path, config)
 
     def _lines(self, name: str, size: int) -> AppendedFile:
@@ -243,8 +250,9 @@ class RunFolder:
         frozen = freeze(books, self.journal.size)
 
         def flush() -> None:
-            for file in (self.journal, self._metrics, self._trajectories):
-                file.sync()
+            for file in (self.journal, self._metrics, self._trajectories, self.recording):
+                if file is not None:
+                    file.sync()
             self.checkpoints.commit(frozen)
 
         await asyncio.to_thread(flush)

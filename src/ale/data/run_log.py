@@ -66,9 +66,10 @@ class RunLog:
         self.summary: dict[str, Any] | None = (
             _document(path / "summary.json") if (path / "summary.json").is_file() else None
         )
-        lines = list(self._lines("metrics.jsonl", dict[str, Any]))
-        self.updates = [line for line in lines if "update" in line]
-        self.evaluations = [line for line in lines if "evaluation" in line]
+        self.lines = list(self._lines("metrics.jsonl", dict[str, Any]))
+        """Those of metrics.jsonl, updates and evaluations as they came."""
+        self.updates = [line for line in self.lines if "update" in line]
+        self.evaluations = [line for line in self.lines if "evaluation" in line]
 
     @classmethod
     def open(cls, run: str | Path, runs_dir: Path = Path("runs")) -> RunLog:
@@ -110,6 +111,10 @@ class RunLog:
     def entries(self) -> Iterator[Entry]:
         """Every trajectory, in the order in which they were kept."""
         return self._lines("trajectories.jsonl", Entry)
+
+    def logged(self) -> Iterator[Logged]:
+        """The same, whole."""
+        return self._lines("trajectories.jsonl", Logged)
 
     def trajectory(self, id_: str) -> tuple[Logged, list[Entry]]:
         """One trajectory, and all members of its group. Raises `RunFolderError`, which names the nearest id."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from ale.errors import ConfigError
 from ale.task import Task
 
 
 class TaskStream:
-    """`tasks`, counted: `drawn` of them have been taken. They have to come in the same order in every life of a run."""
+    """`tasks`, counted: `drawn` of them have been taken. They have to come in the same order in every life of a run.
+    `note` hears of each, with its number."""
 
-    def __init__(self, tasks: Iterator[Task]) -> None:
+    def __init__(self, tasks: Iterator[Task], note: Callable[[Task, int], None] | None = None) -> None:
         self._tasks = tasks
+        self._note = note
         self.drawn = 0
 
     def __iter__(self) -> Iterator[Task]:
@@ -21,6 +23,8 @@ class TaskStream:
     def __next__(self) -> Task:
         task = next(self._tasks)
         self.drawn += 1
+        if self._note is not None:
+            self._note(task, self.drawn)
         return task
 
     def go_to(self, drawn: int, wanted: Mapping[int, str]) -> dict[int, Task]:

@@ -13,7 +13,7 @@ from collections import Counter
 
 from ale.errors import DeadlineExceeded, PolicyError
 from ale.messages import Generate, Turn
-from ale.policy.port import Policy
+from ale.policy.port import OpenPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _ABANDON_DEADLINE_S = 60.0
 
 
 class TurnwisePolicy:
-    def __init__(self, policy: Policy, *, drain_s: float) -> None:
+    def __init__(self, policy: OpenPolicy, *, drain_s: float) -> None:
         self._policy = policy
         self._drain_s = drain_s
         self._turns: Counter[str] = Counter()  # under way, by session
@@ -36,6 +36,9 @@ class TurnwisePolicy:
     @property
     def version(self) -> int:
         return self._policy.version
+
+    def counters(self) -> dict[str, float]:
+        return self._policy.counters() | {"turns_restarted": float(self.restarted)}
 
     async def generate(self, request: Generate) -> Turn:
         session = request.session

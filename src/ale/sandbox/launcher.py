@@ -92,9 +92,12 @@ class Launcher:
 
     def receive(self) -> bool:
         # Not socket.recv_fds: it loses the flag, and every sandbox would inherit these descriptors.
-        data, ancillary, _, _ = self.control.recvmsg(
-            _MAX_MESSAGE, socket.CMSG_SPACE(len(_STDIO) * 4), socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            data, ancillary, _, _ = self.control.recvmsg(
+                _MAX_MESSAGE, socket.CMSG_SPACE(len(_STDIO) * 4), socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:
+            return False  # the engine was killed before it had read all that it was told
         fds = [fd for _, _, packed in ancillary for fd in memoryview(packed).cast("i")]
         if not data:
             return False
