@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ale.envs.terminal import TerminalEnv
 from ale.errors import PolicyError
 from ale.messages import Rollout, Sampling, Trajectory
 from ale.proxy.command import open_command_agent
-from ale.sandbox import Mount, SandboxEngine, open_engine
+from ale.sandbox import AlarmRules, Mount, SandboxEngine
 from ale.task import REWARD_FILE, Task, TaskFile
 from ale.testing.scripted_policy import ScriptedPolicy
 
@@ -64,10 +63,16 @@ def play(
     policy: Any,
     limits: AgentConfig,
     mounts: tuple[Mount, ...],
+    alarms: AlarmRules | None = None,
 ) -> Trajectory:
     def environment(task: Task) -> TerminalEnv:
         return TerminalEnv(
-            task, sandboxes, lambda task, snapshot: grade(sandboxes, task, snapshot), mounts=mounts, pids=64
+            task,
+            sandboxes,
+            lambda task, snapshot: grade(sandboxes, task, snapshot),
+            mounts=mounts,
+            pids=64,
+            alarms=alarms,
         )
 
     async def scenario() -> Trajectory:
@@ -76,16 +81,6 @@ def play(
             return await agent.play(rollout)
 
     return loop.run(scenario())
-
-
-@pytest.fixture(scope="module")
-def sandboxes(loop: asyncio.Runner) -> Iterator[SandboxEngine]:
-    """An engine of this file's own: it keeps a copy of what is mounted."""
-    manager = open_engine("local")
-    engine = loop.run(manager.__aenter__())
-    yield engine
-    assert engine.statistics().alive == 0
-    loop.run(manager.__aexit__(None, None, None))
 
 
 @pytest.fixture
@@ -136,6 +131,17 @@ def test_how_an_episode_can_end(
     assert t.status == status, t.cause
     assert cause is None or cause in str(t.cause)
     assert t.reward == (0.0 if status == "scored" else None)
+
+
+def test_what_an_alarm_stops_is_no_failure_of_the_sandbox(
+    loop: asyncio.Runner, sandboxes: SandboxEngine, nano_tokenizer: Any, chat: Chat, plain: tuple[Mount, ...]
+) -> None:
+    policy, limits = ScriptedPolicy(chat, "done"), msgspec.structs.replace(LIMITS, command="xmrig -o pool:3333; exit 0")
+    t = play(loop, sandboxes, nano_tokenizer, policy, limits, plain, AlarmRules(miner="stop"))
+    assert (t.status, t.reward) == ("stopped_by_alarm", None)
+    assert "miner" in str(t.cause)
+    (result,) = t.results
+    assert [(a.rule, a.action) for a in result.alarms] == [("miner", "stop")]
 
 
 @pytest.mark.skipif(
