@@ -7,41 +7,22 @@ policy is shown in its warm start.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ale.agent import actions
 from ale.config import RunConfig, WarmStartConfig
 from ale.envs.terminal import TerminalEnv
 from ale.errors import EvaluatorError, PolicyError
 from ale.messages import Demonstration, Generate, Rollout, Sampling, Turn
 from ale.proxy.command import CommandAgent, open_command_agent
+from ale.proxy.script import lines
 from ale.proxy.server import syntax_of
 from ale.proxy.speech import ToolSyntax
 from ale.proxy.template import ChatTemplate
 from ale.task import Task
 from ale.wire import Array
-
-_TAGGED = '<tool_call>\n{"name": "bash", "arguments": {"command": {json}}}\n</tool_call>'
-
-
-def lines(task: Task, config: WarmStartConfig, syntax: ToolSyntax) -> tuple[str, ...]:
-    """What the model says in an episode of this task, turn by turn."""
-    said = tuple(_line(config.say_action, syntax, action) for action in task.solution)
-    return (*said, config.say_end) if config.say_end else said
-
-
-def _line(pattern: str, syntax: ToolSyntax, action: str) -> str:
-    if not pattern:
-        if syntax == "fence":
-            return actions.render(action)
-        pattern = _TAGGED
-    written = {"action": action, "json": json.dumps(action, ensure_ascii=False)}
-    return re.sub(r"\{(action|json)\}", lambda found: written[found[1]], pattern)
 
 
 @dataclass
