@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 from ale.envs.families import TRAINED, UNSEEN, WORDS, make, make_splits
 from ale.errors import ConfigError
 from ale.task import REWARD_FILE, Task
