@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,10 @@ def naive(t: Trajectory, tokenizer: Any) -> int:
     return differ
 
 
-async def play(config: RunConfig, model: Path, count: int) -> tuple[list[Trajectory], Watched]:
-    tasks = make_splits(count, 0, config.tasks.seed, config.tasks.only).heldout
-    box, agent = config.sandbox, config.agent
-    mounts = tuple(Mount(os.path.abspath(source), target) for source, target in agent.mounts.items())
+async def play(
+    config: RunConfig, model: Path, tasks: Sequence[Task], mounts: tuple[Mount, ...]
+) -> tuple[list[Trajectory], Watched]:
+    box = config.sandbox
     settings = OpenEngine(
         model=str(model), weights_fd=None, slots=1, threads=config.model.threads, rows=config.rollout.concurrency
     )
@@ -114,7 +115,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=50)
     given = parser.parse_args()
     config = load(given.config)
-    played, policy = asyncio.run(play(config, given.model, given.tasks))
+    tasks = make_splits(given.tasks, 0, config.tasks.seed, config.tasks.only).heldout
+    mounts = tuple(Mount(os.path.abspath(source), target) for source, target in config.agent.mounts.items())
+    played, policy = asyncio.run(play(config, given.model, tasks, mounts))
     tokenizer = load_tokenizer(given.model)
     sequences = [(t, s) for t in played for s in t.sequences]
     differing = {t.id for t, s in sequences if naive(s, tokenizer)}

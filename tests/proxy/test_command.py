@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import openai
 import pytest
 
 from ale.agent.actions import render
@@ -22,6 +21,8 @@ from ale.proxy.command import open_command_agent
 from ale.sandbox import AlarmRules, Mount, SandboxEngine
 from ale.task import REWARD_FILE, Task, TaskFile
 from ale.testing.scripted_policy import ScriptedPolicy
+
+from .packages import copy_packages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEST = f'[ "$(cat a.txt)" = yes ] && r=1 || r=0; echo $r > {REWARD_FILE}'.encode()
@@ -149,9 +150,9 @@ def test_what_an_alarm_stops_is_no_failure_of_the_sandbox(
     reason="the sandbox's own Python is of another version than the packages",
 )
 def test_the_bare_openai_client_completes_a_task(
-    loop: asyncio.Runner, sandboxes: SandboxEngine, nano_tokenizer: Any, chat: Chat
+    loop: asyncio.Runner, sandboxes: SandboxEngine, nano_tokenizer: Any, chat: Chat, tmp_path: Path
 ) -> None:
-    packages = Path(openai.__file__).parent.parent
+    packages = copy_packages("openai", tmp_path / "packages")
     mounts = (Mount(str(ROOT / "examples" / "openai_client"), "/agent"), Mount(str(packages), "/packages"))
     policy = ScriptedPolicy(chat, render("ls"), render("echo yes > a.txt"), "done")
     t = play(loop, sandboxes, nano_tokenizer, policy, LIMITS, mounts)

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import openai
 import pytest
 
 from ale.config import load
 from ale.pipeline import train
+
+from .packages import copy_packages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = Path(f"/usr/bin/python3.{sys.version_info.minor}")
@@ -28,7 +29,7 @@ pytestmark = [
 def packages(example: str, folder: Path) -> Path:
     """Where the packages of an example are: here already, or installed by its own script."""
     if example == "openai_client":
-        return Path(openai.__file__).parent.parent
+        return copy_packages("openai", folder)
     if (there := ROOT / "runs" / "packages" / example).is_dir():
         return there
     done = subprocess.run(
