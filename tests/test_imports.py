@@ -18,7 +18,7 @@ PACKAGE = Path(ale.__file__).parent
 # From the top down. A part may import from its own layer and from those below; parts are modules and packages of `ale`.
 LAYERS = (
     {"cli", "commands", "doctor", "embedding", "plot", "progress_view", "service", "show", "task_env"},
-    {"pipeline", "run"},
+    {"pipeline", "run", "warm_start"},
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub"},
     {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "process", "serving", "testing"},

@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from ale.data.task_stream import TaskStream
 from ale.envs.env import MakeEnv
 from ale.envs.source import Source
 from ale.envs.terminal import ProgramEnv, TerminalEnv
-from ale.errors import ConfigError, LearnerError, RunFolderError
+from ale.errors import LearnerError, RunFolderError
 from ale.learner.weights import create_memory
 from ale.mailbox import Wait
 from ale.messages import (
@@ -54,6 +54,7 @@ from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
 from ale.task import Task
+from ale.warm_start import CHECK_TASKS, Checks, choose_demonstrated
 
 Report = Callable[[Progress], None]
 Demonstrate = Callable[[Task], Awaitable[tuple[Demonstration, ...]]]
@@ -62,11 +63,6 @@ _GRADERS = 4
 _WARM_UP_STEPS = 20
 _BEAT_S = 1.0
 _SHOWN_WAITS = 6
-# How often, and on how many training tasks, the warm start looks whether `stop_at` is reached.
-_CHECK_EVERY = 10
-_CHECK_TASKS = 64
-# Tasks looked at for each demonstration wanted, before the stream is said to lack them.
-_LOOK_AT_MOST = 50
 
 
 class Run:
@@ -221,12 +217,13 @@ class Run:
         if c.steps:
             if books.demonstrations is None:
                 shown = await self.stop.unless(self._demonstrations(tasks, tell))
-                looked_at = tuple(islice(tasks, _CHECK_TASKS)) if c.stop_at else ()
+                looked_at = tuple(islice(tasks, CHECK_TASKS)) if c.stop_at else ()
                 ledger.book(TasksShown(drawn=tasks.drawn, demonstrations=tuple(shown), looked_at=len(looked_at)))
             else:
                 await asyncio.to_thread(tasks.go_to, books.drawn - books.looked_at, {})
                 looked_at = tuple(islice(tasks, books.looked_at))
             demonstrations = books.demonstrations or ()
+            checks = Checks.of(c.stop_at, books.rates)
             rng, order = random.Random(self.config.seed), list[Demonstration]()
             for step in range(1, c.steps + 1):
                 if len(order) < c.batch:
@@ -234,7 +231,7 @@ class Run:
                 batch = tuple(order.pop() for _ in range(min(c.batch, len(order))))
                 if step < books.warm_steps:
                     continue
-                check = c.stop_at > 0 and step % _CHECK_EVERY == 0
+                check = checks.due(step)
                 evaluation = c.eval_every > 0 and step % c.eval_every == 0
                 if step > books.warm_steps:
                     self.stop.check()
@@ -248,9 +245,8 @@ class Run:
                 if evaluation:
                     await self.evaluate_once(source.heldout, f"warm_start_{step}", 0, tell, folder, ledger)
                 if check:
-                    name = f"warm_start_check_{step}"
-                    seen = await self.evaluate_once(looked_at, name, 0, tell, folder, ledger)
-                    if seen is not None and seen.success >= c.stop_at:
+                    seen = await self.evaluate_once(looked_at, checks.name(step), 0, tell, folder, ledger)
+                    if seen is not None and checks.reached(step, seen.success):
                         break
         await learner.ask(StartPolicyOptimization(), deadline_s=self.config.learner.step_deadline_s)
         books.warm, books.demonstrations = True, ()
@@ -414,24 +410,3 @@ def in_a_few_words(waits: Sequence[Wait]) -> tuple[str, ...]:
 def _check_saved(saved: Saved, path: Path) -> None:
     if saved.problem is not None:
         raise RunFolderError.cannot_write(path, saved.problem)
-
-
-def choose_demonstrated(tasks: Iterator[Task], total: int, by_family: dict[str, int]) -> list[Task]:
-    """Tasks to demonstrate, taken off the front of the training stream: `by_family` of each family it names; without
-    it, the first `total` that have a solution. Raises `ConfigError` when the stream does not offer them."""
-    chosen: list[Task] = []
-    left = dict(by_family)
-    for looked, task in enumerate(tasks):
-        if looked > _LOOK_AT_MOST * max(total, sum(by_family.values())):
-            break
-        if not task.solution or (by_family and left.get(task.family, 0) < 1):
-            continue
-        chosen.append(task)
-        if by_family:
-            left[task.family] -= 1
-            if not any(left.values()):
-                return chosen
-        elif len(chosen) == total:
-            return chosen
-    missing = ", ".join(f"{n} of {family}" for family, n in left.items() if n) or f"{total - len(chosen)}"
-    raise ConfigError(f"warm_start: the tasks offer too few solutions to demonstrate; missing: {missing}.")

@@ -259,10 +259,10 @@ def sample(model: nn.Module, prompt: Tensor, new: int) -> tuple[Tensor, Tensor, 
     for _ in range(new):
         choice = any_choice(layers, batch, step.shape[1])
         with replay_routing(model, choice), record_routing(model) as routing:
-            out = model(step, past_key_values=cache, use_cache=True)
+            out = model(step, cache=cache, use_cache=True)
         experts.append(routing.take())
         assert torch.equal(experts[-1].long(), choice)
-        cache = out.past_key_values
+        cache = out.cache
         logp = torch.log_softmax(out.logits[:, -1].float(), -1)
         step = logp.argmax(-1, keepdim=True)
         logps.append(logp.gather(1, step))

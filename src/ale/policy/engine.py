@@ -276,7 +276,7 @@ class Engine:
                 input_ids=ids_BQ,
                 position_ids=position_BQ,
                 attention_mask=mask_B1QT,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
         if routing is not None:
