@@ -75,8 +75,11 @@ class Oracle:
             finish="stop" if part.given == len(part.turn) else "length",
         )
 
+    def forget(self, episode: str) -> None:
+        del self._parts[episode]
+
     async def end_session(self, session: str) -> None:
-        self._parts.pop(session.partition("~")[0], None)
+        """An answer that was given up ends its session, not the episode."""
 
     async def load_weights(self, version: int, slot: int) -> None:
         self.version = version
@@ -96,7 +99,10 @@ class Demonstrator:
         shown."""
         id = f"demonstrations/{task.id}"
         self._oracle.learn(id, lines(task, self._config, self._syntax))
-        shown = await self._agent.play(Rollout(id=id, group="demonstrations", task=task, sampling=Sampling()))
+        try:
+            shown = await self._agent.play(Rollout(id=id, group="demonstrations", task=task, sampling=Sampling()))
+        finally:
+            self._oracle.forget(id)
         if shown.status != "scored" or not shown.reward:
             why = f"gets the reward {shown.reward:g}" if shown.reward is not None else f"ends as {shown.status}"
             raise EvaluatorError(
