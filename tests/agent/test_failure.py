@@ -23,7 +23,7 @@ from ale.errors import (
         (PolicyError("no memory"), "policy_failure"),
         (WorkerDied("signal 9"), "policy_failure"),
         (EvaluatorError("exit 3"), "evaluator_error"),
-        (DeadlineExceeded("a turn"), "episode_timeout"),
+        (DeadlineExceeded("a turn", 5), "episode_timeout"),
     ],
 )
 def test_an_error_has_one_status_whatever_the_agent(error: Exception, status: str) -> None:

@@ -22,8 +22,8 @@ def copy_packages(name: str, target: Path) -> Path:
             continue
         waiting += [need for need in found.requires or () if "extra ==" not in need]
         for file in found.files or ():
-            if ".." not in file.parts and "__pycache__" not in file.parts:
+            if ".." not in file.parts:
                 place = target / file
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(str(file.locate()), place)
+                shutil.copy2(str(file.locate()), place)  # with its time: the compiled files count on it
     return target
