@@ -25,10 +25,10 @@ python := env("PYTHON", "python3")
 @train *args: (setup "train")
     ale train examples/nano.toml {{ args }}
 
-# Run the tests that every change has to pass
+# Run the tests that every change has to pass, two files at a time
 [no-exit-message]
 @test *args: setup
-    python -m pytest -m "not full" {{ args }}
+    python -m pytest -m "not full" -n 2 --dist loadfile {{ args }}
 
 # Run all tests, the slow ones too
 [no-exit-message]

@@ -26,7 +26,6 @@ from ale.messages import Chunk, Generate, Sampling, Turn
 from ale.models.load import load_model
 from ale.models.nano import save_nano
 from ale.policy.engine import Engine
-from ale.policy.packed import PackedLinear
 from ale.wire import Array
 from bench.harness import Benchmark, benchmark
 from bench.smollm2 import THREADS, smollm2
@@ -71,9 +70,9 @@ def speed(tokens: int, run: object) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def products_speed(model: PreTrainedModel) -> float:
+def products_speed(engine: Engine) -> float:
     """Tokens/s of the packed products of one decoding step, nothing else."""
-    packed = [layer.forward for layer in model.modules() if isinstance(layer.forward, PackedLinear)]
+    packed = [product for part in engine.fused.parts for product in part.products]
     inputs = [torch.randn(SMOLLM2_BATCH, 1, layer.inputs) for layer in packed]
     with torch.inference_mode():
         return speed(SMOLLM2_BATCH, lambda: [layer(x) for layer, x in zip(packed, inputs, strict=True)])
@@ -131,7 +130,7 @@ def main() -> None:
             compare(bench, name, engine, model, prompts)
             bench.rate(
                 f"engine/smollm2_b{SMOLLM2_BATCH}/{name}/products",
-                ours=lambda engine=engine: products_speed(engine.model),
+                ours=lambda engine=engine: products_speed(engine),
                 baseline=None,
                 against=None,
                 unit="tokens/s",

@@ -212,7 +212,11 @@ def main() -> None:
     if shutil.which("wrk") is None:
         raise SystemExit("bench.proxy needs `wrk` (apt-get install wrk): its load does not come from Python.")
     binary = os.environ.get("ALE_LITELLM")
-    with benchmark("proxy_small" if SMALL else "proxy", pairs=PAIRS) as bench, server("train") as ours, server("train") as dummy:
+    with (
+        benchmark("proxy_small" if SMALL else "proxy", pairs=PAIRS) as bench,
+        server("train") as ours,
+        server("train") as dummy,
+    ):
         bench.check("the official client gets the engine's words", lambda: answers_well(ours["url"], ours["keys"][0]))
         failed = []
 

@@ -41,6 +41,12 @@ def test_an_empty_file_is_the_defaults_named_after_the_file(tmp_path: Path) -> N
         ("[rollout]\nmax_lag = -1", "rollout.max_lag must not be negative, got -1"),
         ("[rollout]\ntemperature = 0.0", "rollout.temperature must be positive"),
         ("[rollout]\ntop_p = 0.0", "rollout.top_p must be above 0 and at most 1, got 0.0"),
+        ("[rollout]\nextra_members = -1", "rollout.extra_members must not be negative, got -1"),
+        ("[rollout]\nextra_groups = 2\non_stale = 'wait'", 'use on_stale = "discard", or no extra groups'),
+        ("[rollout]\nstraggler_s = 0.0", "rollout.straggler_s must be positive and finite, got 0.0"),
+        ("[rollout]\nstraggler_factor = 1.5", "rollout.straggler_factor must be at least 2, got 1.5"),
+        ("[rollout]\nengine_rows = 0", "rollout.engine_rows must be positive, got 0"),
+        ("[model]\nthreads = 2\npool = 2", "model.pool is 2, but an update takes model.threads = 2 of it"),
         ("[rollout]\ntop_k = 0", "rollout.top_k must be at least 1"),
         ("[learner]\nlearning_rate = nan", "learner.learning_rate must not be negative, got nan"),
         ("[learner]\nlearning_rate = inf", "learner.learning_rate must be finite, got inf"),
@@ -115,11 +121,20 @@ def valid(kind: Any) -> st.SearchStrategy[Any]:
     return strategies.get(kind, st.nothing())
 
 
+# These have bounds of their own.
+BOUNDED: dict[str, st.SearchStrategy[Any]] = {
+    "pool": st.none() | st.integers(10**6 + 1, 10**7),
+    "straggler_factor": st.none() | st.floats(2.0, 100.0),
+}
+
+
 def trees(struct: Any) -> st.SearchStrategy[dict[str, Any]]:
     fields = {}
     for field in msgspec.structs.fields(struct):
         if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             fields[field.name] = trees(field.type)
+        elif field.name in BOUNDED:
+            fields[field.name] = BOUNDED[field.name]
         elif not valid(field.type).is_empty:
             fields[field.name] = valid(field.type)
     if struct is RunConfig:

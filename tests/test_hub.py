@@ -209,3 +209,38 @@ def test_a_content_that_has_all_the_links_that_it_may_is_copied(
     (layer,) = hub.template("many").layers
     assert len({path.stat().st_ino for path in layer.iterdir()}) == 3
     assert hub.gc().files == 0
+
+
+def test_a_tree_that_somebody_reads_outlives_the_name_and_gc(hub: Hub, layer: Path) -> None:
+    hub.add_template("base", [layer])
+    with Hub(hub.root).using("base") as template:  # as another process would
+        (layer / "same").write_text("another")
+        hub.add_template("base", [layer], replace=True)
+        freed = hub.gc()
+        assert (freed.trees, freed.in_use) == (0, 1)
+        assert (template.layers[0] / "same").read_text() == "#!/bin/sh\necho ran\n"
+    freed = hub.gc()
+    assert (freed.trees, freed.in_use) == (1, 0)
+    assert not template.layers[0].exists()
+    kept = hub.template("base")  # for as long as this process runs
+    hub.remove("base")
+    assert hub.gc().in_use == 1
+    assert (kept.layers[0] / "same").read_text() == "another"
+
+
+def test_a_damaged_entry_hides_no_other_and_is_mended_or_removed(hub: Hub, layer: Path) -> None:
+    for name in ("one", "two"):
+        hub.add_template(name, [layer])
+    (hub.root / "entries" / "one.json").write_text("{")
+    assert [entry.name for entry in hub.entries()] == ["two"]
+    (said,) = hub.damaged()
+    assert "one.json is damaged" in said
+    assert any("one.json is damaged" in line for line in hub.verify())
+    with pytest.raises(HubError, match="Nothing was deleted"):
+        hub.gc()
+    hub.add_template("one", [layer], replace=True)
+    assert hub.damaged() == []
+    (hub.root / "entries" / "two.json").write_text("{")
+    hub.remove("two")
+    assert hub.gc().trees == 0
+    assert [entry.name for entry in hub.entries()] == ["one"]

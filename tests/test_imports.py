@@ -17,11 +17,12 @@ PACKAGE = Path(ale.__file__).parent
 
 # From the top down. A part may import from its own layer and from those below; parts are modules and packages of `ale`.
 LAYERS = (
-    {"cli", "commands", "doctor", "embedding", "plot", "progress_view", "service", "show", "task_env"},
-    {"pipeline", "run", "warm_start"},
+    {"cli", "commands", "doctor", "embedding", "plan", "plot", "progress_view", "service", "show", "task_env"},
+    {"pipeline", "run", "warm_start", "simulation"},
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub"},
-    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "process", "serving", "testing"},
+    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox"}
+    | {"process", "serving", "testing", "virtual_clock"},
     {"messages", "task", "config", "progress", "errors", "wire", "audit"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.

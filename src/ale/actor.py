@@ -51,6 +51,9 @@ class Actor:
     their awaits.
     """
 
+    cancel_abandoned = False
+    """Whether `receive` is cancelled when whoever asked has gone: cancelled, or out of time. Else it is finished."""
+
     def __init__(self, name: str, *, capacity: int, concurrency: int = 1) -> None:
         if concurrency < 1:
             raise ValueError(f"actor {name!r} needs a concurrency of at least 1, not {concurrency}")

@@ -112,7 +112,8 @@ class Bus:
 
         Raises what `receive` raised; `ActorStopped` when the actor ends, or crashes while it works on this request;
         `DeadlineExceeded` when the answer takes longer than `deadline_s`, the wait for room included. The actor skips
-        a request whose caller has gone before its turn came; one already begun is finished and its answer discarded.
+        a request whose caller has gone before its turn came; one already begun is finished and its answer discarded,
+        or cancelled where the actor is one that says `cancel_abandoned`.
         """
         inbox = self._inboxes[address]
         message: Message = plain(request) if self._plain else request

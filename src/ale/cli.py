@@ -25,6 +25,7 @@ from ale.commands.agent import agent, sessions
 from ale.commands.hub import app as hub_commands
 from ale.commands.loop import run_to_end
 from ale.commands.sandbox import app as sandbox_commands
+from ale.commands.simulate import simulate
 from ale.errors import AleError, Interrupted, TaskFormatError, UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ app.add_typer(tasks, name="tasks")
 models = typer.Typer(help="Make local models.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.command()(agent)
+app.command()(simulate)
 app.add_typer(sessions, name="sessions")
 app.add_typer(sandbox_commands, name="sandbox")
 app.add_typer(hub_commands, name="hub")
@@ -84,6 +86,12 @@ def train(
     sandbox: Sandbox = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run of this name.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would need, and run nothing; no weights are needed.")
+    ] = False,
+    devices: Annotated[
+        str | None, typer.Option(metavar="NxGB", help="With --dry-run: plan for such GPUs, as 8x80, not for these.")
+    ] = None,
 ) -> None:
     """Train an agent; everything about the run lands in runs/NAME/. CONFIG may be such a folder: its own configuration.
 
@@ -94,7 +102,12 @@ def train(
 
     if overwrite and resume:
         raise UserError("--overwrite deletes the earlier run and --resume goes on with it: choose one.")
+    if devices is not None and not dry_run:
+        raise UserError("--devices is for a plan: it needs --dry-run. A run takes the devices that there are.")
     run = _load(config, overrides, name, seed, sandbox)
+    if dry_run:
+        _plan(run, devices)
+        return
     folder = Path(run.runs_dir) / run.name
     pipeline = load_pipeline(run)
     earlier = pipeline.summary_of(folder) if resume else None
@@ -115,6 +128,18 @@ def train(
         print(f"unseen families, after:  {describe(summary.heldout_families_after)}")
     print(f"{summary.updates} updates, {summary.episodes} episodes, {summary.wall_s / 60:.1f} minutes")
     print(f"everything is in {folder}")
+
+
+def _plan(run: RunConfig, devices: str | None) -> None:
+    """Exit code 1 when the run would not fit."""
+    try:
+        from ale.commands.plan import print_plan
+
+        fits = print_plan(run, devices)
+    except ModuleNotFoundError as error:
+        raise UserError(f"A plan needs what training needs ({error.name}): pip install 'ale[train]'.") from error
+    if not fits:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

@@ -21,6 +21,7 @@ from ale.errors import ConfigError
 
 Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
 Precision = Literal["float32", "bfloat16"]
+Selection = Literal["all", "unsolved", "moderate"]
 ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo"]
 
 
@@ -34,6 +35,9 @@ class ModelConfig(_Section, frozen=True):
     path: str = "nano"
     threads: int = 1
     """Threads of each of the two processes that compute, the engine and the learner."""
+    pool: int | None = None
+    """Threads that the two share: the engine has all of them while the trainer waits for a batch, and gives `threads`
+    of them up for each update. None: each keeps its own."""
     precision: Precision = "float32"
     """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
@@ -48,9 +52,9 @@ class TasksConfig(_Section, frozen=True):
     heldout: int = 200
     families: int = 60
     """Tasks of wholly unseen families, evaluated beside the held-out ones; procedural tasks only."""
-    selection: Literal["all", "unsolved"] = "all"
-    """All tasks of the stream in turn, or each with the share of recent failures at its kind (family and level), at
-    least a tenth, as its chance. Either way none is taken twice."""
+    selection: Selection = "all"
+    """All tasks of the stream in turn; or each with a chance, a tenth at least, by how its kind (family, level) goes:
+    the share of recent failures, or highest where half succeed. None is taken twice."""
     seed: int = 0
 
 
@@ -111,7 +115,25 @@ class RolloutConfig(_Section, frozen=True):
     max_lag: int = 1
     on_stale: Literal["discard", "wait"] = "discard"
     concurrency: int = 64
-    """Episodes at once."""
+    """Episodes at once, at most."""
+    adaptive: bool = False
+    """Fewer episodes at once than `concurrency` while turns queue in the engine, its cache is full or the machine has
+    no memory for another sandbox."""
+    engine_rows: int | None = None
+    """Sequences that the engine computes at once; None: `concurrency`. Fewer where episodes mostly wait for tools."""
+    versions: Literal["token", "turn"] = "token"
+    """New weights take effect between two tokens, or between two turns."""
+    turn_drain_s: float = 5.0
+    """With `versions = "turn"`: how long new weights wait for the turns under way. Those that are not over then begin
+    again."""
+    extra_members: int = 0
+    """Rollouts that a group starts beyond `group_size`: the first to finish are kept, the others end at once."""
+    extra_groups: int = 0
+    """Groups under way beyond `groups_per_step * (max_lag + 1)`: the first to finish are trained on."""
+    straggler_s: float | None = None
+    """An episode that lasts longer is ended, counted as a straggler and replaced; evaluations are not bound by it."""
+    straggler_factor: float | None = None
+    """The same for one that lasts so many times as long as the median of the last 64 that were kept; at least 2."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
@@ -156,12 +178,27 @@ class LearnerConfig(_Section, frozen=True):
     """Updates between models to keep, as Hugging Face directories in checkpoints/; 0: only at the end."""
     step_deadline_s: float = 600.0
     """The longest that one request to the learner may take."""
+    ranks: int = 1
+    """Processes that make each update together (docs/learner.md): weights, gradients and optimizer are sharded over
+    them, samples dealt out by tokens. An update is the same for any number. `model.threads` is that of each."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the learner computes; with "cuda" rank k has device k. Not yet run on a GPU."""
+    activation_checkpointing: bool = False
+    """Layers keep their inputs only and are computed again in the backward: less memory, a third more work."""
+    lora_rank: int = 0
+    """Train adapters of this rank (LoRA by peft, the extra `lora`) instead of the weights; 0: the weights."""
+    lora_alpha: float = 0.0
+    """What B A is scaled by, times the rank; 0: twice the rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of the linear layers that get adapters."""
 
 
 class EvalConfig(_Section, frozen=True):
     temperature: float = 0.0
     every: int = 0
     """Updates between evaluations on the held-out tasks; 0: before and after only."""
+    beside: bool = False
+    """Those evaluations run while training goes on, with whatever weights are live."""
     solved_at: float | None = None
     """The reward from which on a task counts as solved, where there is partial credit; None: any above 0."""
 
@@ -207,6 +244,11 @@ class RunConfig(_Section, frozen=True):
         if self.agent.kind == "command" and not self.agent.command.strip():
             raise ValueError('agent.kind = "command" needs agent.command: the shell command that starts the program')
         _positive(self.model, "model", "threads")
+        if self.model.pool is not None and self.model.pool <= self.model.threads:
+            raise ValueError(
+                f"model.pool is {self.model.pool}, but an update takes model.threads = {self.model.threads} of it and "
+                "at least one is the engine's: make the pool larger, or leave it out"
+            )
         _positive(self.sandbox, "sandbox", "memory_mb", "pids")
         if self.sandbox.kind == "docker" and self.sandbox.image is None:
             raise ValueError('sandbox.kind = "docker" needs sandbox.image: what the sandboxes are made of')
@@ -215,13 +257,20 @@ class RunConfig(_Section, frozen=True):
                 f'sandbox.image and sandbox.runtime need sandbox.kind = "docker", not "{self.sandbox.kind}"'
             )
         _positive(
-            self.learner, "learner", "max_grad_norm", "epochs", "micro_tokens", "step_deadline_s", "checkpoint_every"
+            self.learner,
+            "learner",
+            *("max_grad_norm", "epochs", "micro_tokens", "step_deadline_s", "checkpoint_every", "ranks"),
         )
         for value, name in (
             (self.rollout.max_lag, "rollout.max_lag"),
+            (self.rollout.turn_drain_s, "rollout.turn_drain_s"),
+            (self.rollout.extra_members, "rollout.extra_members"),
+            (self.rollout.extra_groups, "rollout.extra_groups"),
             (self.learner.updates, "learner.updates"),
             (self.learner.learning_rate, "learner.learning_rate"),
             (self.learner.export_every, "learner.export_every"),
+            (self.learner.lora_rank, "learner.lora_rank"),
+            (self.learner.lora_alpha, "learner.lora_alpha"),
             (self.rollout.temperature, "rollout.temperature"),
             (self.eval.temperature, "eval.temperature"),
             (self.tasks.heldout, "tasks.heldout"),
@@ -242,6 +291,20 @@ class RunConfig(_Section, frozen=True):
             raise ValueError(f"rollout.top_p must be above 0 and at most 1, got {self.rollout.top_p}")
         if self.rollout.top_k is not None and self.rollout.top_k < 1:
             raise ValueError(f"rollout.top_k must be at least 1, or left out to be off, got {self.rollout.top_k}")
+        if self.rollout.engine_rows is not None and self.rollout.engine_rows < 1:
+            raise ValueError(f"rollout.engine_rows must be positive, got {self.rollout.engine_rows}")
+        if self.rollout.extra_groups and self.rollout.on_stale == "wait":
+            raise ValueError(
+                'rollout.extra_groups keeps the groups that finish first, but rollout.on_stale = "wait" takes them in '
+                'the order of their start: use on_stale = "discard", or no extra groups'
+            )
+        if self.rollout.straggler_s is not None and not 0 < self.rollout.straggler_s < math.inf:
+            raise ValueError(f"rollout.straggler_s must be positive and finite, got {self.rollout.straggler_s}")
+        if self.rollout.straggler_factor is not None and not 2 <= self.rollout.straggler_factor < math.inf:
+            raise ValueError(
+                f"rollout.straggler_factor must be at least 2, got {self.rollout.straggler_factor}: a median of what "
+                "was not ended would shrink from round to round"
+            )
         if self.rollout.group_size < 2 and self.algorithm.baseline in ("group_mean", "group_norm", "leave_one_out"):
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}, but algorithm.baseline = "

@@ -64,6 +64,8 @@ async def examine() -> AsyncIterator[Finding]:
     for package in ("torch", "transformers", "tokenizers", "safetensors", "tensorboardX"):
         yield _package(package)
     yield _gpu()
+    yield _learner()
+    yield _optional("peft", "only learner.lora_rank needs it: pip install 'ale[lora]'")
     yield _optional("matplotlib", "only ale plot needs it: pip install 'ale[plot]'")
     async for finding in _sandbox():
         yield finding
@@ -146,6 +148,21 @@ def _gpu() -> Finding:
     if torch.version.cuda is None:
         return Finding("gpu", "warn", "there is one, but this torch is a CPU build: install its CUDA build to use it")
     return Finding("gpu", "warn", f"there is one, but torch (CUDA {torch.version.cuda}) cannot use it: see nvidia-smi")
+
+
+def _learner() -> Finding:
+    """What the learner's processes would speak by."""
+    try:
+        import torch
+        from torch import distributed
+    except ImportError:
+        return Finding("learner", "warn", "unknown without torch")
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        return Finding("learner", "ok", "one process only: this torch has no gloo, which learner.ranks needs")
+    if not torch.cuda.is_available():
+        return Finding("learner", "ok", "one process, or several by gloo (learner.ranks)")
+    nccl = "NCCL" if distributed.is_nccl_available() else "no NCCL in this torch"
+    return Finding("learner", "ok", f'CPU; learner.device = "cuda" ({nccl}) has not yet run on a GPU')
 
 
 async def _sandbox() -> AsyncIterator[Finding]:

@@ -112,6 +112,7 @@ Status = Literal[
     "policy_failure",
     "evaluator_error",
     "episode_timeout",
+    "straggler",
     "illegal_tool_calls",
     "agent_failure",
     "bad_reward",
@@ -215,12 +216,16 @@ class TakeBatch(Request[Batch], frozen=True):
 
 
 class Rollout(Request[Trajectory], frozen=True):
-    """`Rollout(id="g3/1", group="g3", task=Task(...), sampling=Sampling(seed=31))`: run one episode to its score."""
+    """`Rollout(id="g3/1", group="g3", task=Task(...), sampling=Sampling(seed=31))`: run one episode to its score.
+
+    One that lasts longer than `straggler_s` is ended; its status says so. None: only the agent's own limits hold.
+    """
 
     id: str
     group: str
     task: Task
     sampling: Sampling
+    straggler_s: float | None = None
 
 
 class Score(Message, frozen=True):
@@ -342,6 +347,17 @@ class OpenLearner(Request[Opened], frozen=True):
     precision: Precision = "float32"
 
 
+class OpenRank(Message, frozen=True):
+    """`OpenRank(settings=OpenLearner(...), rank=1, store="/proc/self/fd/9")`: what rank 0 of a learner tells another.
+
+    `store` is the file in which the ranks find each other.
+    """
+
+    settings: OpenLearner
+    rank: int
+    store: str
+
+
 class StartPolicyOptimization(Request[None], frozen=True):
     """`StartPolicyOptimization()`: the warm start is over; the optimizer starts afresh."""
 
@@ -357,6 +373,16 @@ class EngineStatistics(Message, frozen=True):
     prefilled_tokens: int
     reused_tokens: int
     recomputed_tokens: int
+    kv_used: float = 0.0
+    """Share of the cache in use, where it has a bound of its own."""
+    busy_s: float = 0.0
+    """Time that it spent computing."""
+
+
+class SetThreads(Request[None], frozen=True):
+    """`SetThreads(threads=3)`: compute with so many from the next step on."""
+
+    threads: int
 
 
 class GetStatistics(Request[EngineStatistics], frozen=True):

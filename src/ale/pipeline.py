@@ -25,6 +25,7 @@ from ale.actors.trainer import Update
 from ale.agent.actions import render
 from ale.agent.episode import Judge
 from ale.config import RunConfig
+from ale.data.books import Books
 from ale.data.events import Recorded
 from ale.data.run_folder import RunFolder, summary_of, versions
 from ale.data.task_stream import TaskStream
@@ -106,6 +107,10 @@ async def _train(
             tell(run.progress("train", update.number, updates, values))
             return values
 
+        async def evaluate_at(number: int) -> None:
+            name, beside = f"heldout_{number}", config.eval.beside
+            await run.evaluate_once(source.heldout, name, number, tell, folder, ledger, beside=beside)
+
         async def at(number: int) -> None:
             """What is due after this update. A resumed run passes here again, and does what had not been done."""
             if books.since and (number % config.learner.checkpoint_every == 0 or number == updates):
@@ -113,8 +118,10 @@ async def _train(
             if config.learner.export_every and number % config.learner.export_every == 0:
                 await run.export(learner, folder.export(str(number)))
             if config.eval.every and number % config.eval.every == 0:
-                name = f"heldout_{number}"
-                await run.evaluate_once(source.heldout, name, number, tell, folder, ledger)
+                if config.eval.beside:
+                    evaluator.due(number)
+                else:
+                    await evaluate_at(number)
 
         async def after(update: Update) -> None:
             values = record(update)
@@ -128,9 +135,14 @@ async def _train(
             before, families_before = await evaluate_once("before", 0)
             if books.recorded < books.updates:
                 record(Update.of(books.since[-1]))
-            if books.updates:
-                await at(books.updates)
-            await run.optimise(learner, tasks, ledger, after)
+            async with run.evaluator(evaluate_at) as evaluator:
+                if config.eval.beside:
+                    for number in missing_evaluations(config, books):
+                        evaluator.due(number)
+                if books.updates:
+                    await at(books.updates)
+                await run.optimise(learner, tasks, ledger, after)
+                await stop.unless(evaluator.drained())
             await run.export(learner, folder.export("final"))
             heldout_after, families_after = await evaluate_once("after", updates)
         except Interrupted:
@@ -156,6 +168,13 @@ async def _train(
     )
     folder.finish(summary)
     return summary
+
+
+def missing_evaluations(config: RunConfig, books: Books) -> list[int]:
+    """The updates whose evaluation beside training was cut off, or had not begun, when the run's last life ended."""
+    every = config.eval.every
+    due = range(every, books.updates + 1, every) if every else ()
+    return [number for number in due if f"heldout_{number}@{number}" not in books.rates]
 
 
 async def evaluate(config: RunConfig, model_path: str, *, report: Report | None = None) -> EvalSummary:

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import msgspec
 
+from ale.actors.concurrency import Concurrency, free_memory_mb
 from ale.actors.env_manager import EnvManager, Play
+from ale.actors.episodes import Episodes, HeardPolicy
 from ale.actors.evaluation import evaluate_tasks, rate
+from ale.actors.evaluator import Evaluator
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
 from ale.actors.loop_lag import LoopLag
+from ale.actors.multiplexer import Devices, Pool, open_devices
 from ale.actors.reward import Reward
 from ale.actors.sample_buffer import SampleBuffer
-from ale.actors.slots import Slots
+from ale.actors.slots import Slots, count_slots
 from ale.actors.stop import Stop
 from ale.actors.trainer import Trainer, Update, redo
 from ale.agent.chat import Chat
@@ -48,7 +52,9 @@ from ale.messages import (
     Trajectory,
 )
 from ale.models.load import load_tokenizer
-from ale.policy.embedded import EmbeddedPolicy, open_embedded
+from ale.policy.embedded import open_embedded
+from ale.policy.port import Policy
+from ale.policy.turnwise import TurnwisePolicy
 from ale.process import WorkerProcess
 from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
@@ -88,10 +94,13 @@ class Run:
         self._weights = create_memory()
         self._slots = config.rollout.max_lag + 2
         self._loop_lag = LoopLag()
+        self._episodes = Episodes(config.rollout.concurrency)
         self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
         self._make_env = make_env or self._in_sandbox
         self._judge = judge
-        self._policy: EmbeddedPolicy | None = None
+        self._devices = Devices()
+        self._policy: Policy | None = None
+        self._concurrency: Concurrency | None = None
         self._last: Progress | None = None
 
     @classmethod
@@ -125,36 +134,50 @@ class Run:
                 os.close(run._weights)
 
     @asynccontextmanager
-    async def engine_process(self, model: Path, *, learning: bool = True) -> AsyncIterator[EmbeddedPolicy]:
+    async def engine_process(self, model: Path, *, learning: bool = True) -> AsyncIterator[Policy]:
         """The policy and the environment manager that asks it."""
         settings = OpenEngine(
             model=str(model),
             weights_fd=self._weights if learning else None,
             slots=self._slots,
             threads=self.config.model.threads,
-            rows=self.config.rollout.concurrency,
+            rows=self.config.rollout.engine_rows or self.config.rollout.concurrency,
             precision=self.config.model.precision,
             record_routing=learning and self.config.algorithm.routing_replay,
         )
-        async with open_embedded(settings) as policy, self._agent(policy, model) as play:
+        async with AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(open_embedded(settings))
+            c = self.config.rollout
+            if self.config.model.pool is not None:
+                pool = Pool(devices=self.config.model.pool, training=self.config.model.threads)
+                self._devices = await open_devices(pool, engine.set_threads)
+            policy = TurnwisePolicy(engine, drain_s=c.turn_drain_s) if c.versions == "turn" else engine
+            heard = HeardPolicy(policy, self._episodes)
+            play = await stack.enter_async_context(self._agent(heard, model))
             self._policy = policy
+            self._concurrency = Concurrency(
+                self._episodes, engine.statistics, self._sandbox_room, most=c.concurrency, adaptive=c.adaptive
+            )
             manager = EnvManager(
-                policy,
+                heard,
                 self._make_env,
                 self._chat,
                 self.config.agent,
-                concurrency=self.config.rollout.concurrency,
+                self._episodes,
+                concurrency=c.concurrency,
                 judge=self._judge,
                 play=play,
             )
             await self._supervisor.start(manager)
+            await self._supervisor.start(self._concurrency)
             try:
                 yield policy
             finally:
+                await self._supervisor.stop(self._concurrency)
                 await self._supervisor.stop(manager)
 
     @asynccontextmanager
-    async def _agent(self, policy: EmbeddedPolicy, model: Path) -> AsyncIterator[Play | None]:
+    async def _agent(self, policy: Policy, model: Path) -> AsyncIterator[Play | None]:
         """How episodes are played where the agent is a program of its own; None: by the built-in loop."""
         if self.config.agent.kind == "builtin":
             yield None
@@ -262,38 +285,62 @@ class Run:
         running = {group.drawn: group for group in books.groups.values() if not group.buffered}
         wanted = {drawn: group.task for drawn, group in running.items()}
         found = await asyncio.to_thread(tasks.go_to, books.drawn, wanted)
-        slots = Slots(c.groups_per_step * (c.max_lag + 1), books.groups)
+        slots = Slots(count_slots(c), books.groups)
         async with Supervisor(self._bus) as actors:
             buffer = SampleBuffer(slots, ledger, max_lag=c.max_lag, on_stale=c.on_stale)
             under_way = {running[drawn].id: task for drawn, task in found.items()}
-            generator = Generator(self.config, tasks, slots, ledger, under_way)
-            trainer = Trainer(self.config, learner, self.policy, slots, ledger, after, self.stop)
+            generator = Generator(self.config, tasks, slots, ledger, self._episodes, under_way)
+            trainer = Trainer(self.config, learner, self.policy, slots, ledger, after, self.stop, self._devices)
             for actor in (buffer, generator, trainer):
                 await actors.start(actor)
             await actors.join(trainer)
 
-    async def evaluate(self, tasks: Sequence[Task], name: str, tell: Report) -> tuple[Rate, list[Trajectory]]:
-        """Success on `tasks`, and how each of them went."""
-        seen = await self.stop.unless(
-            evaluate_tasks(
-                self._bus, self.config, tasks, name, lambda n: tell(self.progress("evaluate", n, len(tasks), {}))
-            )
-        )
+    async def evaluate(
+        self, tasks: Sequence[Task], name: str, tell: Report, *, beside: bool = False
+    ) -> tuple[Rate, list[Trajectory]]:
+        """Success on `tasks`, and how each of them went. `beside`: while training goes on, which has the progress and
+        three quarters of the places."""
+
+        def done(n: int) -> None:
+            if not beside:
+                tell(self.progress("evaluate", n, len(tasks), {}))
+
+        at_once = max(1, self.config.rollout.concurrency // 4) if beside else None
+        seen = await self.stop.unless(evaluate_tasks(self._bus, self.config, tasks, name, done, at_once=at_once))
         return rate(seen, self.config.eval), seen
 
+    @asynccontextmanager
+    async def evaluator(self, evaluate: Callable[[int], Awaitable[object]]) -> AsyncIterator[Evaluator]:
+        """Makes evaluations beside training."""
+        async with Supervisor(self._bus) as actors:
+            evaluator = Evaluator(evaluate)
+            await actors.start(evaluator)
+            yield evaluator
+
     async def evaluate_once(
-        self, tasks: Sequence[Task], name: str, update: int, tell: Report, folder: RunFolder, ledger: Ledger
+        self,
+        tasks: Sequence[Task],
+        name: str,
+        update: int,
+        tell: Report,
+        folder: RunFolder,
+        ledger: Ledger,
+        *,
+        beside: bool = False,
     ) -> Rate | None:
         """The evaluation of this name after this update: recorded, and not made again by a run that is resumed. None
-        when there are no tasks."""
+        when there are no tasks. Which versions it sampled from is recorded with it: one, or several `beside` training.
+        """
         key = f"{name}@{update}"
         if not tasks:
             return None
         if key not in ledger.books.rates:
-            result, seen = await self.evaluate(tasks, name, tell)
+            result, seen = await self.evaluate(tasks, name, tell, beside=beside)
             for trajectory in seen:
                 folder.keep(trajectory, evaluation=name)
-            folder.record(evaluation=name, success=result.success, ci95=result.ci95, n=result.n)
+            versions = [v for t in seen for v in t.version_A.numpy().tolist()]
+            between = {"versions": [min(versions), max(versions)]} if versions else {}
+            folder.record(evaluation=name, success=result.success, ci95=result.ci95, n=result.n, **between)
             ledger.book(Evaluated(name=name, update=update, rate=result, sizes=folder.sizes))
         return ledger.books.rates[key]
 
@@ -314,7 +361,7 @@ class Run:
         unfinished.rename(path)
 
     @property
-    def policy(self) -> EmbeddedPolicy:
+    def policy(self) -> Policy:
         assert self._policy is not None, "engine_process() opens the policy"
         return self._policy
 
@@ -323,7 +370,14 @@ class Run:
         return {
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
             "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
-        }
+            "turns_restarted": float(self._policy.restarted if isinstance(self._policy, TurnwisePolicy) else 0),
+        } | (self._concurrency.load() if self._concurrency is not None else {})
+
+    def _sandbox_room(self) -> int:
+        """How many more sandboxes this machine has memory for, if each uses all that it may."""
+        if self._engine is None:
+            return self.config.rollout.concurrency  # the environments are no sandboxes of ours
+        return free_memory_mb() // self.config.sandbox.memory_mb
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
         self._last = Progress(

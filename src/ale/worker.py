@@ -22,13 +22,15 @@ BREATH = 1024
 class Worker:
     """`current` is the message in hand; a `dismissed` worker takes no other."""
 
-    __slots__ = ("_actor", "_inbox", "current", "dismissed")
+    __slots__ = ("_actor", "_inbox", "_revoked", "current", "dismissed")
 
     def __init__(self, actor: Actor, inbox: Inbox) -> None:
         self._actor = actor
         self._inbox = inbox
         self.current: Envelope | None = None
         self.dismissed = False
+        self._revoked = False
+        """This task was cancelled because nobody waits for the answer in hand any more."""
 
     async def serve(self) -> None:
         """Returns when the inbox is closed and empty; raises what `receive` raised for a told message."""
@@ -52,19 +54,46 @@ class Worker:
                     elif envelope.reply.done():
                         inbox.abandoned += 1
                     else:
+                        if self._actor.cancel_abandoned:
+                            self._cancel_when_abandoned(envelope)
                         answer = await receive(envelope.message)
+                        if self._revoked:
+                            self._taken_back()
                         self._answer(envelope, answer)
                 except asyncio.CancelledError as error:
+                    revoked = self._taken_back()
                     if self.dismissed or _cancelling():
                         raise  # the actor ends: whoever cancelled this task accounts for `current`
-                    # Something that `receive` awaited was cancelled under it: an error like any other.
-                    self._failed(envelope, error)
+                    if revoked:
+                        inbox.abandoned += 1
+                    else:  # something that `receive` awaited was cancelled under it: an error like any other
+                        self._failed(envelope, error)
                 except Exception as error:
+                    self._taken_back()
                     self._failed(envelope, error)
             else:
                 self.current = None
                 await asyncio.sleep(0)
             self.current = None
+
+    def _cancel_when_abandoned(self, ask: Ask) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def gone(reply: asyncio.Future[Any]) -> None:
+            if self.current is ask:  # else it was answered
+                self._revoked = True
+                task.cancel()
+
+        ask.reply.add_done_callback(gone)
+
+    def _taken_back(self) -> bool:
+        """Whether the message in hand was revoked; then the cancellation has been dealt with."""
+        revoked, self._revoked = self._revoked, False
+        task = asyncio.current_task()
+        if revoked and task is not None:
+            task.uncancel()
+        return revoked
 
     def _answer(self, ask: Ask, answer: Any) -> None:
         inbox, reply = self._inbox, ask.reply

@@ -9,10 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from ale.actors.episodes import Episodes
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
 from ale.actors.sample_buffer import SampleBuffer
-from ale.actors.slots import Slots
+from ale.actors.slots import Slots, count_slots
 from ale.actors.stop import Stop
 from ale.actors.trainer import Trainer, Update
 from ale.bus import Bus
@@ -53,6 +54,10 @@ class Loop:
         concurrency: int = 64,
         step_deadline_s: float = 1e6,
         batch_deadline_s: float = 1e6,
+        extra_members: int = 0,
+        extra_groups: int = 0,
+        straggler_s: float | None = None,
+        straggler_factor: float | None = None,
         **learner: Any,
     ) -> None:
         self.config = RunConfig(
@@ -63,6 +68,10 @@ class Loop:
                 on_stale=on_stale,
                 concurrency=concurrency,
                 batch_deadline_s=batch_deadline_s,
+                extra_members=extra_members,
+                extra_groups=extra_groups,
+                straggler_s=straggler_s,
+                straggler_factor=straggler_factor,
             ),
             algorithm=AlgorithmConfig(baseline=baseline, shuffle_rewards=shuffle_rewards),
             learner=LearnerConfig(updates=updates, step_deadline_s=step_deadline_s),
@@ -70,10 +79,11 @@ class Loop:
         )
         self.tasks = TaskStream(tasks(count() if task_count is None else range(task_count)))
         self.ledger = Ledger()
-        self.slots = Slots(groups_per_step * (max_lag + 1))
+        self.slots = Slots(count_slots(self.config.rollout))
+        self.episodes = Episodes(concurrency)
         self.policy = FakePolicy(load_s=load_s)
         self.learner = FakeLearner(self.policy, **learner)
-        self.envs = ScriptedEnvs(script, self.policy, concurrency=concurrency, watch=self.check)
+        self.envs = ScriptedEnvs(script, self.policy, concurrency=concurrency, watch=self.check, episodes=self.episodes)
         self.updates: list[Update] = []
         self.stop = Stop()
         self.trained_before = 0  # in earlier lives of the run
@@ -96,7 +106,9 @@ class Loop:
                     max_lag=self.config.rollout.max_lag,
                     on_stale=self.config.rollout.on_stale,
                 )
-                self.generator = Generator(self.config, self.tasks, self.slots, self.ledger, self.under_way)
+                self.generator = Generator(
+                    self.config, self.tasks, self.slots, self.ledger, self.episodes, self.under_way
+                )
                 self.trainer = Trainer(
                     self.config, self.learner, self.policy, self.slots, self.ledger, self._after, self.stop
                 )

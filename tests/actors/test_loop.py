@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from ale.actors.reward_shuffle import exchange
@@ -37,25 +37,43 @@ def schedules(draw):
     refused = draw(st.sampled_from([0, 0, 3, 5]))
     seen = iter(range(10**9))
     unlucky = iter(range(10**9))
+    on_stale = draw(st.sampled_from(["discard", "wait"]))
     return {
         "script": lambda rollout: script[next(seen) % len(script)],
         "group_size": group_size,
         "groups_per_step": draw(st.integers(1, 3)),
         "max_lag": draw(st.integers(0, 3)),
-        "on_stale": draw(st.sampled_from(["discard", "wait"])),
+        "on_stale": on_stale,
         "updates": draw(st.integers(1, 6)),
         "baseline": draw(st.sampled_from(baselines)),
         "task_count": draw(st.integers(1, 40)),
         "load_s": draw(st.sampled_from([0.0, 1.0, 10.0])),
         "concurrency": draw(st.sampled_from([1, 3, 64])),
+        "extra_members": draw(st.sampled_from([0, 0, 1, 3])),
+        "extra_groups": 0 if on_stale == "wait" else draw(st.sampled_from([0, 0, 1, 4])),
+        "straggler_s": draw(st.sampled_from([None, None, 5.0, 60.0])),
+        "straggler_factor": draw(st.sampled_from([None, 3.0])),
         "latency_s": lambda update: steps[update % len(steps)],
         "drop": lambda t: "bad_logprob" if refused and next(unlucky) % refused == 0 else None,
     }
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedule=schedules())
 def test_no_trained_token_is_older_than_max_lag_and_nothing_is_lost(loop, schedule):
+    hold(loop, schedule)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@settings(max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(schedule=schedules())
+@seed(20251224)
+def test_ten_thousand_schedules_hold_the_bound_and_lose_nothing(loop, schedule):
+    hold(loop, schedule)
+
+
+def hold(loop, schedule):
     async def scenario():
         tried = loop(**schedule)
         try:
@@ -74,6 +92,8 @@ def test_no_trained_token_is_older_than_max_lag_and_nothing_is_lost(loop, schedu
     ids = [s.trajectory.id for step in tried.learner.steps for s in step.samples]
     assert len(set(ids)) == len(ids)
     assert books.trained == len(ids) - sum(len(u.metrics.dropped) for u in tried.updates)
+    # What nobody waits for has ended, and its place is free.
+    assert tried.episodes.running == tried.episodes.waiting == tried.envs.running == 0
     # A slot belongs to a group that the buffer knows, running or finished; no slot to anything else.
     assert slots == len(tried.buffer._groups)
     if c.on_stale == "wait":
@@ -124,12 +144,14 @@ def test_rollouts_go_to_the_kind_of_task_that_is_not_solved_yet(loop, selection,
 def test_what_is_late_is_dropped_as_stale_and_its_slot_goes_to_another(loop):
     def script(rollout: Rollout) -> Play:
         slow = rollout.group == "g1"
-        return Play(reward=float(member(rollout)), latency_s=50.0 if slow else 1.0, tokens=9 if slow else 2)
+        return Play(reward=float(member(rollout)), latency_s=50.0 if slow else 1.0, tokens=100 if slow else 2)
 
     done = run(loop(script, groups_per_step=1, max_lag=1, updates=80, task_count=81, latency_s=lambda n: 1.0).run())
     books = done.ledger.statistics()
     assert books.dropped["stale"] == 2
-    assert books.dropped_tokens["stale"] == 9.0
+    # Ended as soon as a batch was taken without it: counted with what it had sampled until then.
+    assert sorted(done.envs.cancelled) == ["g1/0", "g1/1"]
+    assert 4 <= books.dropped_tokens["stale"] <= 8
     assert "g1" not in {s.trajectory.group for step in done.samples() for s in step.samples}
     assert books.trained == 160
     assert done.slots.taken == 0

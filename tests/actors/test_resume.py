@@ -19,6 +19,7 @@ from ale.actors.generator import seed_of
 from ale.actors.ledger import Ledger
 from ale.actors.slots import Slots
 from ale.actors.trainer import Update, redo
+from ale.algorithm.selection import Outcomes
 from ale.data.books import Books
 from ale.data.events import Event, Recorded
 from ale.data.task_stream import TaskStream
@@ -182,6 +183,16 @@ def test_a_kill_after_any_record_loses_nothing_and_trains_on_nothing_twice(loop:
         check(disk, lives, 5)
 
 
+def test_a_kill_after_any_record_of_a_run_with_extras_drops_each_redundant_rollout_once(loop: Any) -> None:
+    schedule = SCHEDULE | {"extra_members": 2, "extra_groups": 2, "max_lag": 0, "updates": 3}
+    disk, lives = kill_and_resume(loop, [], **schedule)
+    check(disk, lives, 3)
+    assert lives[-1].books.dropped["redundant"] > 3 * 2 * 2
+    for kill in range(0, len(disk.journal), 2):
+        again, lives = kill_and_resume(loop, [kill], **schedule)
+        check(again, lives, 3)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     kills=st.lists(st.integers(0, 25), max_size=20),
@@ -189,12 +200,26 @@ def test_a_kill_after_any_record_loses_nothing_and_trains_on_nothing_twice(loop:
     on_stale=st.sampled_from(["discard", "wait"]),
     shuffle=st.booleans(),
     refused=st.booleans(),
+    extra_members=st.sampled_from([0, 2]),
+    extra_groups=st.sampled_from([0, 2]),
+    straggler_s=st.sampled_from([None, 4.0]),
 )
 def test_twenty_kills_at_any_records_lose_nothing(
-    loop: Any, kills: list[int], max_lag: int, on_stale: Any, shuffle: bool, refused: bool
+    loop: Any,
+    kills: list[int],
+    max_lag: int,
+    on_stale: Any,
+    shuffle: bool,
+    refused: bool,
+    extra_members: int,
+    extra_groups: int,
+    straggler_s: float | None,
 ) -> None:
     schedule = SCHEDULE | {
         "max_lag": max_lag,
+        "extra_members": extra_members,
+        "extra_groups": extra_groups if on_stale == "discard" else 0,
+        "straggler_s": straggler_s,
         "on_stale": on_stale,
         "shuffle_rewards": shuffle,
         "drop": lambda t: "bad_logprob" if refused and ord(t.id[-1]) % 2 else None,
@@ -202,6 +227,29 @@ def test_twenty_kills_at_any_records_lose_nothing(
     disk, lives = kill_and_resume(loop, kills, **schedule)
     check(disk, lives, 5)
     assert all(0 <= lag <= max_lag for life in lives for lag in life.tried.learner.lags)
+
+
+@pytest.mark.parametrize("selection", ["unsolved", "moderate"])
+def test_a_resumed_run_goes_on_choosing_tasks_by_what_it_has_seen(loop: Any, selection: Any) -> None:
+    def script(rollout: Rollout) -> Play:
+        solved = rollout.task.family == "odd" or rollout.sampling.seed >> 10 & 1
+        return Play(reward=float(solved), latency_s=1.0)
+
+    schedule = SCHEDULE | {"script": script, "selection": selection, "baseline": "none", "updates": 12}
+    disk, lives = kill_and_resume(loop, [40, 30], **schedule)
+    assert len(lives) == 3
+    opened = [e for e in disk.events(0) if type(e).__name__ == "GroupOpened"]
+    drawn = [e.drawn for e in opened]
+    assert drawn == sorted(set(drawn))  # none twice, in the order of the stream
+    assert drawn[-1] > 1.3 * len(drawn)  # many were passed over
+    odd = [int(e.task[1:]) % 2 for e in opened]
+    assert sum(odd[len(odd) // 2 :]) / len(odd[len(odd) // 2 :]) < 0.35  # those that are always solved, most of them
+    books, outcomes = lives[-1].books, {}
+    for event in disk.events(0):
+        if type(event).__name__ == "RolloutKept":
+            kind = f"{event.trajectory.family}/{event.trajectory.level}"
+            outcomes[kind] = outcomes.get(kind, Outcomes()).after(event.solved)
+    assert books.outcomes == outcomes
 
 
 def test_a_stop_while_a_batch_is_awaited_is_heard_at_once_and_drops_nothing(loop: Any) -> None:

@@ -1,5 +1,6 @@
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ale.algorithm.objectives import objective
 from ale.errors import LearnerError
 from ale.learner import forward
 from ale.learner.batch import split
-from ale.learner.forward import _router_loss, action_logp, action_logp_under
+from ale.learner.forward import _router_loss, action_logp
 from ale.learner.learner import Learner, LearnerSettings
 from ale.learner.weights import Layout, WeightRing, create_memory
 from ale.messages import Chunk, Demonstration, Sample, Trajectory
@@ -37,6 +38,19 @@ def logp_of(model: Any, tokens: Array, chunks: tuple[Chunk, ...]) -> torch.Tenso
     (batch,) = split([tokens], [chunks], 10_000)
     with torch.no_grad():
         return action_logp(model, batch, 1.0)[0]
+
+
+@torch.no_grad()
+def action_logp_under(model: Any, weights: Mapping[str, torch.Tensor], batch: Any, temperature: float) -> torch.Tensor:
+    """The same under other weights of the model."""
+    other = copy.deepcopy(model)
+    for name, parameter in other.named_parameters():
+        parameter.copy_(weights[name])
+    return action_logp(other, batch, temperature)[0]
+
+
+def old_of(learner: Learner, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return learner._old.of([s.trajectory for s in samples], learner._idle([]))
 
 
 def make_samples(model: Any, count: int = 8, *, version: int = 0, seed: int = 0, vocab: int = 300) -> list[Sample]:
@@ -324,7 +338,7 @@ def test_pi_old_of_each_token_is_that_of_the_version_that_sampled_it(nano: Any, 
     version_A = np.arange(t.action_tokens) % 3
     expected = under[version_A, torch.arange(t.action_tokens)]
     mixed = changed(sample, version_A=Array.of(version_A, "int32"), logp_A=Array.of(expected.numpy(), "float32"))
-    old, fresh = learner._pi_old([mixed])
+    old, fresh = old_of(learner, [mixed])
     torch.testing.assert_close(old[t.id], expected, atol=1e-5, rtol=0)
     assert not fresh[t.id].any()  # a router's loss is not divided by Z: nothing is left to the training forward
     assert float((under[0] - under[2]).abs().max()) > 0.01
@@ -407,7 +421,7 @@ def test_pi_old_of_the_version_in_training_comes_from_the_training_forward(make_
         under_old = action_logp_under(learner.model, old_weights, batch, 1.0).numpy()
         logp = Array.of(np.where(version_A == 0, under_old, t.logp_A.numpy()), "float32")
         mixed.append(changed(s, version_A=Array.of(version_A, "int32"), logp_A=logp, logp_sampled_A=logp))
-    old, fresh = learner._pi_old(mixed)
+    old, fresh = old_of(learner, mixed)
     for s in mixed:
         assert fresh[s.trajectory.id].tolist() == [False] * 3 + [True] * (s.trajectory.action_tokens - 3)
         torch.testing.assert_close(old[s.trajectory.id][:3], torch.tensor(s.trajectory.logp_A.numpy()[:3]))
@@ -438,7 +452,7 @@ def test_the_named_alternatives_to_the_snapshot(nano: Any, make_learner: MakeLea
     (sample,) = make_samples(nano, 1)
     t = sample.trajectory
     learner.learn([sample])
-    old, _ = learner._pi_old([sample])
+    old, _ = old_of(learner, [sample])
     expected = torch.tensor(t.logp_A.numpy()) if which == "recorded" else logp_of(nano, t.tokens_T, t.chunks)
     torch.testing.assert_close(old[t.id], expected, atol=1e-5, rtol=0)
     assert "truth_max" not in learner.learn([sample]).values
@@ -462,7 +476,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(nano: Any, make_learner
     samples = make_samples(nano)
     before = weights(nano)
     nano.get_output_embeddings().weight.register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(LearnerError, match=r"gradient norm of update 1 is nan: no weight was changed"):
+    with pytest.raises(LearnerError, match=r"update 1: the gradient norm is nan: no weight was changed"):
         learner.learn(samples)
     assert learner.version == 0
     assert all(torch.equal(weight, before[name]) for name, weight in weights(nano).items())
@@ -614,3 +628,15 @@ def test_micro_batches_keep_to_their_budget_and_lose_no_sequence() -> None:
     for batch in batches:
         for i, places in zip(batch.index, batch.places_N, strict=True):
             assert batch.ids_BT.flatten()[places].tolist() == tokens[i].numpy().tolist()
+
+
+def test_rows_are_cut_where_padding_costs_more_than_another_micro_batch() -> None:
+    tokens = [Array.of(np.arange(n), "int32") for n in (10, 11, 12, 400, 410)]
+
+    def cut(overhead: int) -> list[list[int]]:
+        return [sorted(b.index) for b in split(tokens, [()] * 5, 10_000, overhead=overhead)]
+
+    assert cut(256) == [[0, 1, 2], [3, 4]]
+    assert cut(0) == [[0], [1], [2], [3], [4]]
+    assert cut(1 << 40) == [[0, 1, 2, 3, 4]]
+    assert [b.ids_BT.numel() for b in split(tokens, [()] * 5, 30, overhead=256)] == [10, 24, 400, 410]

@@ -384,3 +384,76 @@ def test_a_plain_bus_hands_over_copies_and_refuses_what_is_not_plain_data():
 def test_a_bus_needs_a_running_loop():
     with pytest.raises(RuntimeError, match="no running event loop"):
         Bus()
+
+
+class Patient(Actor):
+    """Works for ever; what it was cancelled in is in `ended`. `stubborn`: it answers all the same."""
+
+    cancel_abandoned = True
+
+    def __init__(self, stubborn: bool = False) -> None:
+        super().__init__("patient", capacity=8, concurrency=2)
+        self.stubborn = stubborn
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+
+    async def receive(self, message):
+        match message:
+            case Add(a=a):
+                self.begun.append(a)
+                try:
+                    await asyncio.sleep(0 if a == 0 else 1e6)
+                except asyncio.CancelledError:
+                    self.ended.append(a)
+                    await asyncio.sleep(1)  # cleaning up takes its time, and is not cut short
+                    self.ended.append(-a)
+                    if not self.stubborn:
+                        raise
+                return Sum(value=a)
+            case _:
+                await super().receive(message)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_an_actor_may_end_what_nobody_waits_for(stubborn: bool) -> None:
+    async def scenario_() -> None:
+        bus = Bus()
+        async with Supervisor(bus) as supervisor:
+            patient = Patient(stubborn)
+            await supervisor.start(patient)
+            one = asyncio.create_task(bus.ask("patient", Add(a=1), deadline_s=1e5))
+            two = asyncio.create_task(bus.ask("patient", Add(a=2), deadline_s=5))  # its deadline passes
+            three = asyncio.create_task(bus.ask("patient", Add(a=3), deadline_s=1e5))
+            await asyncio.sleep(1)
+            one.cancel()
+            await asyncio.sleep(0.5)
+            assert (patient.begun, patient.ended) == ([1, 2], [1])
+            await asyncio.sleep(1)
+            assert (patient.begun, patient.ended) == ([1, 2, 3], [1, -1])  # its worker took the next
+            with pytest.raises(DeadlineExceeded):
+                await two
+            await asyncio.sleep(1.5)
+            assert patient.ended == [1, -1, 2, -2]
+            three.cancel()
+            await asyncio.sleep(2)
+            # The workers are as good as new, and the books close.
+            assert [(await bus.ask("patient", Add(a=0), deadline_s=1)).value for _ in range(5)] == [0] * 5
+            books = bus.statistics().actors["patient"]
+            assert (books.asked, books.answered, books.abandoned, books.in_hand) == (8, 5, 3, 0)
+
+    run(scenario_())
+
+
+def test_an_actor_that_ends_what_nobody_waits_for_can_still_be_stopped() -> None:
+    async def scenario_() -> None:
+        bus = Bus()
+        async with Supervisor(bus, stop_deadline_s=2) as supervisor:
+            patient = Patient()
+            await supervisor.start(patient)
+            asks = [asyncio.create_task(bus.ask("patient", Add(a=a), deadline_s=1e5)) for a in (1, 2, 3)]
+            await asyncio.sleep(1)
+            asks[0].cancel()
+        ended = await asyncio.gather(*asks, return_exceptions=True)
+        assert [type(e).__name__ for e in ended] == ["CancelledError", "ActorStopped", "ActorStopped"]
+
+    run(scenario_())

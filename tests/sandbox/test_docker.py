@@ -19,10 +19,14 @@ from ale import doctor
 from ale.errors import SandboxError, SandboxUnavailable
 from ale.sandbox import Command, Limits, Network, Rule, SandboxSpec, open_engine
 from ale.sandbox.docker.container import hardened
-from ale.sandbox.docker.daemon import connect
+from ale.sandbox.docker.daemon import Daemon, connect
 from ale.sandbox.docker.engine import open_docker
-from ale.sandbox.docker.sweep import remove_all
+from ale.sandbox.docker.sweep import labels, remove_all, sweep
+from ale.sandbox.egress import EgressProxy
+from ale.sandbox.state import PREFIX
 from ale.testing.dockerd import Dockerd
+
+from .conftest import containers_of
 
 pytestmark = [pytest.mark.docker, pytest.mark.full]
 
@@ -246,6 +250,48 @@ async def test_what_is_not_an_engines_own_is_never_touched(dockerd: Dockerd, ima
     assert (await stranger.show())["Name"] == "/stranger"
     await remove_all(daemon, "something")
     await daemon.close()
+
+
+async def test_what_cannot_be_removed_keeps_no_engine_from_opening(
+    dockerd: Dockerd, image: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = f"{PREFIX}999999999-1-dead"
+    daemon = await connect(dockerd.host)
+    stuck = await daemon.create("stuck", {"Image": image, "Cmd": ["sh"], "Labels": labels(dead)})
+    await daemon.create("loose", {"Image": image, "Cmd": ["sh"], "Labels": labels(dead)})
+    remove = Daemon.remove
+
+    async def refusing(self: Daemon, container: Any) -> None:
+        if container.id == stuck.id:
+            raise SandboxError("device or resource busy")
+        await remove(self, container)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Daemon, "remove", refusing)
+        async with open_docker(host=dockerd.host, image=image) as engine:
+            assert (await engine.run(SandboxSpec(), Command(shell="echo well"))).text() == "well\n"
+    assert f"{dead} left with Docker cannot be removed now: device or resource busy" in caplog.text
+    left = await daemon.docker.containers.list(all=True, filters={"label": [f"ale.engine={dead}"]})
+    assert [container.id for container in left] == [stuck.id]
+    assert await sweep(daemon) == [dead]
+    await daemon.close()
+
+
+async def test_a_container_is_removed_whatever_its_proxy_says_at_its_end(
+    docker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def failing(self: EgressProxy) -> None:
+        raise OSError("the proxy is stuck")
+
+    policy = Network(mode="allow", rules=(Rule(host="nobody.invalid"),))
+    with pytest.raises(OSError, match="the proxy is stuck"):
+        async with docker.start(SandboxSpec(network=policy)) as sandbox:
+            proxy = sandbox._proxy
+            monkeypatch.setattr(EgressProxy, "close", failing)
+    monkeypatch.undo()
+    await proxy.close()
+    assert not await containers_of(docker)
+    assert list((docker.directory / "boxes").iterdir()) == []
 
 
 # -- a daemon that is not there

@@ -1,5 +1,6 @@
-"""Ends at random moments, twenty times each: of the daemon, of the rocklet, of starts and of commands. Counted before
-and after: containers, images, volumes, the daemon's helpers, descriptors, tasks, directories."""
+"""Faults at random moments, twenty times each: ends of the engine, the daemon, the rocklet, a process inside, starts
+and commands, and a full disk. Counted before and after: containers, images, volumes, the daemon's helpers,
+descriptors, tasks, directories."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ from ale.sandbox.state import PREFIX
 from ale.testing.dockerd import Dockerd, Unavailable, own_dockerd
 
 from .conftest import import_rootfs
+from .counted import below, descriptors, moment
+from .mother import Mother
 
 pytestmark = [pytest.mark.docker, pytest.mark.full, pytest.mark.timeout(900)]
 
@@ -36,7 +39,6 @@ class Held(NamedTuple):
     volumes: int
     helpers: int
     contained: int
-    descriptors: int
     tasks: int
     directories: int
 
@@ -58,7 +60,6 @@ async def held_by(dockerd: Dockerd, state: Path, *, shims: bool = True) -> Held:
         volumes,
         len(dockerd.helpers()) if shims else 0,
         len(dockerd.contained()),
-        len(os.listdir("/proc/self/fd")),
         len(asyncio.all_tasks()),
         sum(name.startswith(PREFIX) for name in os.listdir(state)),
     )
@@ -66,13 +67,10 @@ async def held_by(dockerd: Dockerd, state: Path, *, shims: bool = True) -> Held:
 
 @asynccontextmanager
 async def nothing_is_left(dockerd: Dockerd, state: Path, *, shims: bool = True) -> AsyncIterator[None]:
-    before = await held_by(dockerd, state, shims=shims)
+    before, opened = await held_by(dockerd, state, shims=shims), descriptors()
     yield
     assert await held_by(dockerd, state, shims=shims) == before
-
-
-async def moment(chance: random.Random, longest_s: float) -> None:
-    await asyncio.sleep(chance.uniform(0, longest_s))
+    assert not descriptors() - opened
 
 
 async def test_a_start_that_is_cancelled_at_any_moment_leaves_nothing(
@@ -161,6 +159,141 @@ async def test_a_rocklet_that_is_killed_breaks_its_sandbox_alone(dockerd: Docker
                         await sandbox.exec(Command(shell="true"))
             assert engine.statistics().broken == number
         assert (await neighbour.exec(Command(shell="echo alive"))).text() == "alive\n"
+
+
+async def test_a_process_inside_that_is_killed_is_what_its_command_says(
+    dockerd: Dockerd, image: str, tmp_path: Path
+) -> None:
+    chance = random.Random(6)
+    ends = []
+    async with (
+        nothing_is_left(dockerd, tmp_path),
+        open_docker(host=dockerd.host, image=image, state_dir=tmp_path) as engine,
+        engine.start(SandboxSpec()) as sandbox,
+    ):
+        rocklet = (await sandbox._container.show())["State"]["Pid"]
+        while len(ends) < TIMES:
+            line = "echo x >> count; /bin/sh -c '/bin/sleep 1000; exit 5'; echo $?"
+            running = asyncio.ensure_future(sandbox.exec(Command(argv=("/bin/bash", "-c", line), timeout_s=900)))
+            async with asyncio.timeout(END_S):
+                while len(found := below(rocklet)) < chance.randint(1, 3):
+                    await asyncio.sleep(0.001)
+                with suppress(ProcessLookupError):  # it has just become another, or has ended
+                    os.kill(chance.choice(found), signal.SIGKILL)
+                    done = await running
+                    ends.append((done.signal, done.exit_code, done.text().strip()))
+                    assert not done.timed_out
+                await sandbox.exec(Command(argv=("/bin/bash", "-c", "kill -9 -1")))
+                await asyncio.wait([running])
+                while below(rocklet):  # what has its signal is no victim of the next round
+                    await asyncio.sleep(0.001)
+            assert (await sandbox.exec(Command(shell=f"echo {len(ends)}"))).text() == f"{len(ends)}\n"
+    # The shell was killed; a child was, and the shell tells it; the program of a child was, and the child tells it.
+    assert set(ends) <= {(signal.SIGKILL, None, ""), (None, 0, "137"), (None, 0, "5")}
+
+
+ENGINE = """
+import asyncio, random, sys
+from pathlib import Path
+from ale.sandbox import Command, SandboxSpec
+from ale.sandbox.docker.engine import open_docker
+
+async def live(engine):
+    while True:
+        async with engine.start(SandboxSpec()) as sandbox:
+            await sandbox.exec(Command(shell="echo x > f; setsid sleep 1000 > /dev/null 2>&1 &"))
+            snapshot = await sandbox.snapshot()
+            assert (await engine.run(SandboxSpec(base=snapshot), Command(shell="cat f"))).text() == "x\\n"
+            await snapshot.release()
+
+async def main(seed):
+    async with open_docker(host=sys.argv[1], image=sys.argv[2], state_dir=Path(sys.argv[3])) as engine:
+        await asyncio.gather(live(engine), live(engine))
+"""
+
+
+async def test_an_engine_that_is_killed_at_any_moment_leaves_nothing_that_the_next_does_not_take(
+    dockerd: Dockerd, image: str, tmp_path: Path
+) -> None:
+    chance = random.Random(8)
+    state = tmp_path / "state"
+    state.mkdir()
+    async with nothing_is_left(dockerd, state):
+        mother = Mother(ENGINE, dockerd.host, image, str(state))
+        try:
+            for seed in range(TIMES):
+                engine = mother.bear(seed)
+                await moment(chance, 4.0)
+                os.kill(engine, signal.SIGKILL)
+                assert mother.status_of_the_dead() == -signal.SIGKILL
+                async with asyncio.timeout(END_S):
+                    # What the daemon still does for the dead engine, as a commit, may come after this sweep.
+                    async with open_docker(host=dockerd.host, image=image, state_dir=state) as next_one:
+                        assert (await next_one.run(SandboxSpec(), Command(shell="echo well"))).text() == "well\n"
+        finally:
+            mother.close()
+        async with open_docker(host=dockerd.host, state_dir=state):
+            pass
+
+
+# -- a disk that is full
+
+
+@pytest.fixture
+def cramped() -> Iterator[Dockerd]:
+    """A daemon whose data lie on a small file system."""
+    try:
+        with own_dockerd(data_bytes=768 << 20) as dockerd:
+            yield dockerd
+    except Unavailable as error:
+        pytest.skip(f"no Docker engine: {error}")
+
+
+async def test_a_daemon_whose_disk_fills_up_at_any_moment_goes_on_when_there_is_room(
+    cramped: Dockerd, tmp_path: Path
+) -> None:
+    chance = random.Random(7)
+    image = await import_rootfs(cramped, tmp_path)
+    base, state = tmp_path / "base", tmp_path / "state"
+    for folder in (base, state):
+        folder.mkdir()
+    (base / "data").write_bytes(b"d" * 500_000)
+    disk, failed = cramped.folder / "data", []
+    ballast = disk / "ballast"
+
+    async def use(engine: Any) -> None:
+        async with engine.start(SandboxSpec(base=(str(base),))) as sandbox:
+            done = await sandbox.exec(Command(shell="head -c 300000 /dev/zero > more && wc -c < more"))
+            assert done.text() == "300000\n" if done.ok else b"No space left" in done.stderr, done
+            await sandbox.upload(base, "again")
+            snapshot = await sandbox.snapshot()
+            try:
+                done = await engine.run(SandboxSpec(base=snapshot), Command(shell="cat data again/data | wc -c; ls"))
+                assert done.text().split() == ["1000000", "again", "data", "more"], done
+            finally:
+                await snapshot.release()
+
+    async with (
+        nothing_is_left(cramped, state),
+        open_docker(host=cramped.host, image=image, state_dir=state) as engine,
+    ):
+        for _ in range(TIMES):
+            using = asyncio.ensure_future(use(engine))
+            await moment(chance, 1.0)
+            full = os.statvfs(disk)
+            room = chance.choice((0, 100_000, 600_000, 1_200_000))
+            with open(ballast, "wb") as file, suppress(OSError):  # noqa: ASYNC230
+                os.posix_fallocate(file.fileno(), 0, max(1, full.f_bavail * full.f_frsize - room))
+            async with asyncio.timeout(END_S):
+                await asyncio.wait([using])
+            ballast.unlink()
+            if (error := using.exception()) is not None:
+                assert isinstance(error, SandboxError | OSError), error
+                failed.append(error)
+            assert engine.statistics().alive == 0
+        async with asyncio.timeout(END_S):
+            await use(engine)
+    assert failed
 
 
 # -- the daemon itself

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ale.errors import SandboxError
-from ale.sandbox import Command, SandboxEngine, SandboxSpec, checkpoint, open_engine, restore
+from ale.sandbox import Command, SandboxEngine, SandboxSpec, checkpoint, foundation, open_engine, restore
 from ale.sandbox.checkpoint import _read, _write
 from ale.sandbox.flatten import flatten
 from ale.sandbox.layers import LayerStore
@@ -74,17 +74,22 @@ async def test_a_flattened_chain_shows_what_the_chain_showed(local: Any, tmp_pat
             await snapshot.release()
 
 
-async def test_a_chain_of_56_snapshots_stays_short_and_right(local: Any) -> None:
+@pytest.mark.parametrize(("most", "long"), [(8, 20), pytest.param(50, 160, marks=pytest.mark.full)])
+async def test_a_long_chain_of_snapshots_stays_short_and_right(
+    local: Any, most: int, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert foundation.MAX_CHAIN == 50
+    monkeypatch.setattr(foundation, "MAX_CHAIN", most)
     before = local.statistics().layers
     async with local.start(SandboxSpec()) as sandbox:
-        for number in range(56):
+        for number in range(long):
             # The processes of a real command in each would take minutes; the agent writes, the layer is as real.
             await sandbox.write_file(f"d{number % 7}/f{number}", b"%d" % number)
             await (await sandbox.snapshot()).release()
-            assert len(sandbox._foundation.layers) <= 50
+            assert len(sandbox._foundation.layers) <= most
         done = await sandbox.exec(Command(shell="cat $(find . -type f) | tr -d '\\n' | wc -c; find . -type f | wc -l"))
-        assert done.text().split() == [str(sum(len(str(number)) for number in range(56))), "56"]
-        assert local.statistics().layers - before <= 50
+        assert done.text().split() == [str(sum(len(str(number)) for number in range(long))), str(long)]
+        assert local.statistics().layers - before <= most
     assert local.statistics().layers == before
 
 

@@ -38,7 +38,7 @@ class CountingEngine:
     def __init__(self) -> None:
         self.alive: list[Counted] = []
         self.peak = self.started = 0
-        self.failing = False
+        self.failing = self.sticking = False
 
     @asynccontextmanager
     async def start(self, spec: SandboxSpec) -> AsyncIterator[Counted]:
@@ -53,6 +53,8 @@ class CountingEngine:
             yield sandbox
         finally:
             self.alive.remove(sandbox)
+            if self.sticking:
+                raise SandboxError("it does not close")
 
     async def run(self, spec: SandboxSpec, command: Command) -> Completed:
         async with self.start(spec):
@@ -198,6 +200,19 @@ async def test_idle_ones_are_pinged_and_cooled() -> None:
             while engine.alive:  # nobody asks any more
                 await asyncio.sleep(0.01)
         assert pool.pool_statistics().warm == 0
+
+
+async def test_a_warm_one_that_does_not_close_is_counted_and_the_pool_goes_on() -> None:
+    async with pooled(Capacity(count=1), max_warm=1) as (engine, pool):
+        async with pool.start(SandboxSpec(env={"A": "1"})):
+            pass
+        await turns(lambda: pool.pool_statistics().warm == 1)
+        engine.sticking = True
+        async with pool.start(SandboxSpec(env={"A": "2"})):  # for which the warm one makes room
+            engine.sticking = False
+            assert pool.pool_statistics().broken == 1
+            assert pool.pool_statistics().used.count == 1
+        await turns(lambda: pool.pool_statistics().warm == 1)
 
 
 async def test_a_start_that_fails_gives_its_place_back() -> None:

@@ -126,7 +126,7 @@ async def test_modes_that_lock_their_owner_out_do_not_stop_a_download(engine: Sa
     assert (tmp_path / "d" / "f").stat().st_mode & 0o777 == 0o600  # who receives it can read it
 
 
-@pytest.mark.parametrize("size_mb", [200, pytest.param(1024, marks=[pytest.mark.full, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("size_mb", [96, pytest.param(1024, marks=[pytest.mark.full, pytest.mark.timeout(1200)])])
 async def test_a_large_file_goes_both_ways_in_little_memory(local: SandboxEngine, size_mb: int, tmp_path: Path) -> None:
     make_large(tmp_path / "large", size_mb)
     limits = Limits(file_mb=size_mb + 1, memory_mb=2 * size_mb + 256)

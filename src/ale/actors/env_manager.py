@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from ale.actor import Actor
+from ale.actors.episodes import Episodes
+from ale.actors.slots import count_slots
 from ale.agent.chat import Chat
 from ale.agent.episode import Judge, run_episode
 from ale.config import AgentConfig, RunConfig
@@ -20,10 +22,11 @@ _SLACK_S = 60.0
 
 def rollout_deadline_s(config: RunConfig) -> float:
     """The longest wait for one rollout: every one before it, of training and of an evaluation, may run into its
-    time-out. An evaluation has at most twice `rollout.concurrency` of them at once."""
+    time-out. An evaluation has at most twice `rollout.concurrency` of them at once; an adaptive run may be down to one
+    place."""
     c = config.rollout
-    training = c.groups_per_step * (c.max_lag + 1) * c.group_size
-    rounds = 1 + (training + 2 * c.concurrency) / c.concurrency
+    training = count_slots(c) * (c.group_size + c.extra_members)
+    rounds = 1 + (training + 2 * c.concurrency) / (1 if c.adaptive else c.concurrency)
     return config.agent.episode_timeout_s * rounds + _SLACK_S
 
 
@@ -31,7 +34,10 @@ Play = Callable[[Rollout], Awaitable[Trajectory]]
 
 
 class EnvManager(Actor):
-    """`play` None: episodes are those of the built-in agent loop."""
+    """`play` None: episodes are those of the built-in agent loop. One whose caller has gone ends at once: its row in
+    the engine, its sandbox and its place are free again."""
+
+    cancel_abandoned = True
 
     def __init__(
         self,
@@ -39,6 +45,7 @@ class EnvManager(Actor):
         make_env: Callable[[Task], Env],
         chat: Chat,
         limits: AgentConfig,
+        episodes: Episodes,
         *,
         concurrency: int,
         play: Play | None = None,
@@ -49,15 +56,20 @@ class EnvManager(Actor):
         self._make_env = make_env
         self._chat = chat
         self._limits = limits
+        self._episodes = episodes
         self._play = play
         self._judge = judge
 
     async def receive(self, message: Message) -> Trajectory | None:
         match message:
-            case Rollout() if self._play is not None:
-                return await self._play(message)
             case Rollout():
-                return await run_episode(message, self._policy, self._make_env, self._chat, self._limits, self._judge)
+                async with self._episodes.place(message.id):
+                    return await self._episode(message)
             case _:
                 await super().receive(message)
         return None
+
+    async def _episode(self, rollout: Rollout) -> Trajectory:
+        if self._play is not None:
+            return await self._play(rollout)
+        return await run_episode(rollout, self._policy, self._make_env, self._chat, self._limits, self._judge)

@@ -22,9 +22,16 @@ _Z95 = 1.959963984540054
 
 
 async def evaluate_tasks(
-    bus: Bus, config: RunConfig, tasks: Sequence[Task], name: str, done: Callable[[int], None] = lambda n: None
+    bus: Bus,
+    config: RunConfig,
+    tasks: Sequence[Task],
+    name: str,
+    done: Callable[[int], None] = lambda n: None,
+    *,
+    at_once: int | None = None,
 ) -> list[Trajectory]:
-    """One trajectory for each task, in their order. `done` hears how many have finished.
+    """One trajectory for each task, in their order. `done` hears how many have finished. `at_once` bounds how many are
+    asked for: beside training, the rest of the environment manager's places are left to it.
 
     A task whose infrastructure fails every time stays in the result, without a reward: it counts as not solved.
     """
@@ -43,7 +50,7 @@ async def evaluate_tasks(
         return trajectory
 
     # The environment manager bounds how many run; this bounds how many wait in its inbox.
-    room = asyncio.Semaphore(2 * config.rollout.concurrency)
+    room = asyncio.Semaphore(at_once or 2 * config.rollout.concurrency)
 
     async def bounded(task: Task) -> Trajectory:
         async with room:

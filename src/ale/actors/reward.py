@@ -15,6 +15,8 @@ _QUEUE_DEADLINE_S = 300.0
 
 
 class Reward(Actor):
+    cancel_abandoned = True
+
     def __init__(self, engine: SandboxEngine, *, concurrency: int, label: str = "") -> None:
         super().__init__("reward", capacity=1024, concurrency=concurrency)
         self._engine = engine

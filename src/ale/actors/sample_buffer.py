@@ -86,6 +86,8 @@ class SampleBuffer(Actor):
             async with self.bus.waiting(f"{wanted} groups to train version {version} on"):
                 await self._changed.wait()
         groups = tuple(self._groups.pop(g.id) for g in ready)
+        if self._on_stale == "discard":
+            self._slots.require(version + 1 - self._max_lag)  # of what the next batch is made of
         return Batch(groups=tuple(g for g in groups if g is not None))
 
     def _ready(self, wanted: int) -> list[Group]:

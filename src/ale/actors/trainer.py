@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import msgspec
 
 from ale.actor import Actor
 from ale.actors.ledger import Ledger
+from ale.actors.multiplexer import Devices
 from ale.actors.slots import Slots
 from ale.actors.stop import Stop
 from ale.algorithm.advantages import advantages
@@ -68,7 +69,7 @@ class Learner(Protocol):
 
 class Trainer(Actor):
     """`after` sees each update before the next begins, for records and evaluation. With `stop` the trainer ends
-    between two updates, or while it waits for a batch."""
+    between two updates, or while it waits for a batch. `devices` are shared with rollouts; None: each has its own."""
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class Trainer(Actor):
         ledger: Ledger,
         after: Callable[[Update], Awaitable[None]],
         stop: Stop,
+        devices: Devices | None = None,
     ) -> None:
         super().__init__("trainer", capacity=1)
         self._config = config
@@ -88,25 +90,30 @@ class Trainer(Actor):
         self._ledger = ledger
         self._after = after
         self._stop = stop
+        self._devices = devices or Devices()
 
     async def run(self) -> None:
+        self._slots.live(self._policy.version)
         for number in range(self._ledger.books.updates + 1, self._config.learner.updates + 1):
             self._stop.check()  # a batch that is ready would be taken all the same
             await self._after(await self._update(number))
 
     async def _update(self, number: int) -> Update:
-        began = time.monotonic()
+        clock = asyncio.get_running_loop()
+        began = clock.time()
         version = self._policy.version
         request = TakeBatch(version=version, groups=self._config.rollout.groups_per_step)
         deadline_s = self._config.rollout.batch_deadline_s
         batch = await self._stop.unless(self.bus.ask("buffer", request, deadline_s=deadline_s))
-        taken = time.monotonic()
+        taken = clock.time()
         lag = version - min(g.oldest_version for g in batch.groups)
-        async with self.bus.waiting(f"the learner: update {number}"):
+        if not 0 <= lag <= self._config.rollout.max_lag:
+            raise AssertionError(f"the batch to train version {version} on has a token that is {lag} updates old")
+        async with self._devices.training(), self.bus.waiting(f"the learner: update {number}"):
             metrics = await self._learner.ask(
                 train_step(batch.groups, self._config), deadline_s=self._config.learner.step_deadline_s
             )
-        stepped = time.monotonic()
+        stepped = clock.time()
         self._ledger.train(
             Updated(
                 number=number,
@@ -118,9 +125,10 @@ class Trainer(Actor):
             )
         )
         await self._policy.load_weights(metrics.version, metrics.slot)
+        self._slots.live(metrics.version)
         for group in batch.groups:
             self._slots.give_back(group.id)
-        return Update.of(self._ledger.books.since[-1], time.monotonic() - stepped)
+        return Update.of(self._ledger.books.since[-1], clock.time() - stepped)
 
 
 async def redo(learner: Learner, trained: Trained, config: RunConfig) -> StepMetrics:

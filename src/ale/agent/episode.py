@@ -114,8 +114,12 @@ async def run_episode(
         )
 
     env = make_env(rollout.task)
+    allowed_s = limits.episode_timeout_s
+    straggler = rollout.straggler_s is not None and rollout.straggler_s < allowed_s
+    if rollout.straggler_s is not None and straggler:
+        allowed_s = rollout.straggler_s
     try:
-        async with asyncio.timeout(limits.episode_timeout_s):
+        async with asyncio.timeout(allowed_s) as scope:
             await _converse(rollout, policy, env, chat, limits, record)
             if record.illegal > limits.max_illegal_calls:
                 status, cause = "illegal_tool_calls", f"{record.illegal} malformed calls"
@@ -124,7 +128,9 @@ async def run_episode(
             else:
                 reward = (await env.score()).reward if judge is None else await judge(trajectory())
     except FAILURES as error:
-        status, cause = failure_of(error, limits.episode_timeout_s)
+        status, cause = failure_of(error, allowed_s)
+        if status == "episode_timeout" and straggler and scope.expired():
+            status = "straggler"
     finally:
         try:
             await env.close()

@@ -29,6 +29,8 @@ class Reason(StrEnum):
     REWARD_NOT_FINITE = "reward_not_finite"
     LOGP_NOT_FINITE = "logp_not_finite"
     STALE = "stale"
+    REDUNDANT = "redundant"
+    STRAGGLER = "straggler"
     ZERO_ADVANTAGE = "zero_advantage"
     GROUP_TOO_SMALL = "group_too_small"
 

@@ -51,7 +51,7 @@ def start(
     """Start a sandbox in the running service."""
     from msgspec import structs
 
-    spec = structs.replace(spec_of(None, base, env, memory_mb, allow, image), label=label)
+    spec = structs.replace(spec_of(None, None, base, env, memory_mb, allow, image), label=label)
 
     async def begin() -> None:
         async with service_at(state_file) as service:

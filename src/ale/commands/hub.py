@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -72,7 +73,10 @@ def list_(as_json: AsJson = False) -> None:
 
     from ale.hub import Hub
 
-    entries = Hub.default().entries()
+    hub = Hub.default()
+    entries = hub.entries()
+    for damaged in hub.damaged():
+        print(damaged, file=sys.stderr)
     if as_json:
         print(msgspec.json.encode(entries).decode())
         return
@@ -134,7 +138,8 @@ def gc() -> None:
     from ale.hub import Hub
 
     freed = Hub.default().gc()
-    print(f"freed {freed.trees} trees and {freed.files} contents, {freed.bytes / 1e6:.1f} MB")
+    in_use = f"; {freed.in_use} are in use and stay for the next time" if freed.in_use else ""
+    print(f"freed {freed.trees} trees and {freed.files} contents, {freed.bytes / 1e6:.1f} MB{in_use}")
 
 
 def _holds_tasks(path: Path) -> bool:

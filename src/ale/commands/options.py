@@ -46,6 +46,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON.")]
 
 
 def spec_of(
+    context: typer.Context | None,
     template: str | None,
     base: list[Path] | None,
     env: list[str] | None,
@@ -53,7 +54,7 @@ def spec_of(
     allow: list[str] | None,
     image: str | None,
 ) -> SandboxSpec:
-    """What to start. Raises UserError."""
+    """What to start. `context`: of the command, until whose end a template stays in the hub. Raises UserError."""
     from msgspec import structs
 
     from ale.hub import Hub
@@ -75,7 +76,8 @@ def spec_of(
         spec = SandboxSpec(base=tuple(map(str, base or ())), env=given, network=network, image=image)
         limits = Limits() if memory_mb is None else Limits(memory_mb=memory_mb)
         if template is not None:
-            found = Hub.default().template(template)
+            assert context is not None
+            found = context.with_resource(Hub.default().using(template))
             spec = structs.replace(
                 spec,
                 base=tuple(map(str, found.layers)),

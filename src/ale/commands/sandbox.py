@@ -41,6 +41,7 @@ app = typer.Typer(help="Run and keep sandboxes.", no_args_is_help=True)
 
 @app.command("run", context_settings=PASS_ON)
 def run(
+    context: typer.Context,
     command: Argv,
     backend: Backend = "local",
     image: Image = None,
@@ -55,7 +56,7 @@ def run(
     """Run one command in a sandbox of its own, print what it printed, and end with its exit code."""
     from ale.sandbox import Command, open_engine
 
-    spec = spec_of(template, base, env, memory_mb, allow, image)
+    spec = spec_of(context, template, base, env, memory_mb, allow, image)
     wanted = Command(argv=argv_of(command), stdin=standard_input() if stdin else b"", timeout_s=timeout_s)
 
     async def once() -> Completed:
@@ -70,6 +71,7 @@ def run(
 
 @app.command("shell", context_settings=PASS_ON)
 def shell(
+    context: typer.Context,
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="A sandbox of the running service; none: a fresh one.")
     ] = None,
@@ -102,7 +104,7 @@ def shell(
         if name is not None:
             async with boxes.service_at(state_file) as service:
                 return await work(await service.attach(name))
-        spec = spec_of(template, base, env, memory_mb, allow, image)
+        spec = spec_of(context, template, base, env, memory_mb, allow, image)
         async with open_engine(backend, label="ale sandbox shell") as engine, engine.start(spec) as sandbox:
             return await work(sandbox)
 

@@ -35,6 +35,8 @@ from ale.task import Task
 
 # The share of successes is that of so many rollouts, the last ones that were scored.
 _RECENT = 256
+# How long an episode takes is judged by so many.
+_DURATIONS = 64
 
 
 def kind_of(task: Task | Trajectory) -> str:
@@ -87,6 +89,8 @@ class Books(msgspec.Struct, kw_only=True):
     dropped: dict[str, int] = {}
     dropped_tokens: dict[str, int] = {}
     recent: list[bool] = []
+    durations: list[float] = []
+    """How long the last episodes that were kept took, in seconds."""
     outcomes: dict[str, Outcomes] = {}
     """By kind of task, which is `family/level`."""
     pool: list[float] = []
@@ -134,6 +138,7 @@ class Books(msgspec.Struct, kw_only=True):
             case RolloutKept(trajectory=trajectory, solved=solved, exchange=exchange):
                 group = self._ended(trajectory.id, solved, exchange)
                 group.members.append(trajectory)
+                self.durations = [*self.durations[1 - _DURATIONS :], trajectory.duration_s]
                 kind = kind_of(trajectory)
                 self.outcomes[kind] = self.outcomes.get(kind, Outcomes()).after(solved)
             case RolloutDropped(rollout=rollout, reason=reason, tokens=tokens, solved=solved, exchange=exchange):

@@ -43,10 +43,16 @@ _MAY_CHANGE = {
     "runs_dir",
     "rollout.concurrency",
     "rollout.batch_deadline_s",
+    "rollout.adaptive",
+    "rollout.engine_rows",
+    "eval.beside",
     "learner.updates",
     "learner.checkpoint_every",
     "learner.export_every",
     "learner.step_deadline_s",
+    "learner.ranks",
+    "learner.device",
+    "learner.activation_checkpointing",
 }
 
 

@@ -21,7 +21,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -130,40 +130,65 @@ class Hub:
     def remove(self, name: str) -> None:
         """Forgets a name; `gc` frees what only it stood for."""
         with self._locked():
-            self.entry(name)
-            (self._entries / f"{name}.json").unlink()
+            if self._path_of(name).exists():  # one that is damaged too
+                self._path_of(name).unlink()
+            else:
+                self.entry(name)
             (self._starts / f"{name}.json").unlink(missing_ok=True)
 
     # -- looking up
 
     def entries(self) -> list[Entry]:
-        return [self.entry(path.stem) for path in sorted(self._entries.glob("*.json"))]
+        """What can be read; `damaged` says what cannot."""
+        return self._read()[0]
 
-    def entry(self, name: str) -> Entry:
+    def damaged(self) -> list[str]:
+        """Why entries cannot be read, a paragraph each."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[list[Entry], list[str]]:
+        sound: list[Entry] = []
+        damaged: list[str] = []
+        for path in sorted(self._entries.glob("*.json")):
+            try:
+                sound.append(self.entry(path.stem))
+            except HubError as error:
+                damaged.append(str(error))
+        return sound, damaged
+
+    def _path_of(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise HubError(f"{name!r} is no name: use letters, digits, '.', '_' and '-'.")
+        return self._entries / f"{name}.json"
+
+    def entry(self, name: str) -> Entry:
+        path = self._path_of(name)
         try:
-            data = (self._entries / f"{name}.json").read_bytes()
+            data = path.read_bytes()
         except FileNotFoundError:
             raise HubError(f"The hub {self.root} has no {name}; `ale hub list` says what it has.") from None
         try:
             return msgspec.json.decode(data, type=Entry)
         except msgspec.MsgspecError as error:
-            raise HubError(f"{self._entries / name}.json is damaged: {error}. Add it again.") from error
+            raise HubError(
+                f"{path} is damaged: {error}. Add it again with --replace, or `ale hub remove {name}`."
+            ) from error
 
     def template(self, name: str) -> Template:
+        """What a name stands for now. Its layers are not collected for as long as this process runs."""
         entry = self._of_kind(name, "template")
-        return Template(
-            layers=tuple(map(self._trees.path, entry.trees)),
-            workdir=entry.workdir,
-            env=entry.env,
-            limits=entry.limits,
-            sessions=entry.sessions,
-        )
+        return _template(entry, map(self._trees.keep, entry.trees))
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[Template]:
+        """The same for a process that lives long: its layers are not collected while this is entered."""
+        entry = self._of_kind(name, "template")
+        with contextlib.ExitStack() as stack:
+            yield _template(entry, [stack.enter_context(self._trees.using(tree)) for tree in entry.trees])
 
     def tasks(self, name: str) -> Path:
-        """The directory of task directories that a task pack is."""
-        return self._trees.path(self._of_kind(name, "tasks").trees[0])
+        """The directory of task directories that a task pack is; not collected for as long as this process runs."""
+        return self._trees.keep(self._of_kind(name, "tasks").trees[0])
 
     def files(self, tree: str) -> list[File]:
         """What a tree of an entry holds, each directory before what is in it. Raises HubError."""
@@ -199,7 +224,10 @@ class Hub:
     def gc(self) -> Freed:
         """Deletes what no name stands for."""
         with self._locked():
-            return self._trees.collect({tree for entry in self.entries() for tree in entry.trees})
+            entries, damaged = self._read()
+            if damaged:  # it cannot be known which trees they stand for
+                raise HubError(f"Nothing was deleted: {damaged[0]}")
+            return self._trees.collect({tree for entry in entries for tree in entry.trees})
 
     # -- starts
 
@@ -213,20 +241,20 @@ class Hub:
 
     async def measure(self, name: str, engine: SandboxEngine) -> Starts:
         """Starts a template twice on an engine that was just opened, and keeps how long each took."""
-        template = self.template(name)
-        spec = SandboxSpec(
-            base=tuple(map(str, template.layers)),
-            workdir=template.workdir,
-            env=template.env,
-            limits=template.limits,
-            label="hub",
-        )
         took = []
-        for _ in range(2):
-            began = time.perf_counter()
-            async with engine.start(spec) as sandbox:
-                await sandbox.exec(Command(shell="true"))
-                took.append(1000 * (time.perf_counter() - began))
+        with self.using(name) as template:
+            spec = SandboxSpec(
+                base=tuple(map(str, template.layers)),
+                workdir=template.workdir,
+                env=template.env,
+                limits=template.limits,
+                label="hub",
+            )
+            for _ in range(2):
+                began = time.perf_counter()
+                async with engine.start(spec) as sandbox:
+                    await sandbox.exec(Command(shell="true"))
+                    took.append(1000 * (time.perf_counter() - began))
         measured = Starts(sha256=self.entry(name).sha256, cold_ms=took[0], cached_ms=took[1])
         write_whole(self._starts / f"{name}.json", msgspec.json.encode(measured))
         return measured
@@ -268,6 +296,16 @@ class Hub:
 
 
 _SAID: dict[Kind, str] = {"template": "a template", "tasks": "a task pack"}
+
+
+def _template(entry: Entry, layers: Iterable[Path]) -> Template:
+    return Template(
+        layers=tuple(layers),
+        workdir=entry.workdir,
+        env=entry.env,
+        limits=entry.limits,
+        sessions=entry.sessions,
+    )
 
 
 def _hash_of(entry: Entry) -> str:

@@ -1,6 +1,7 @@
 """Trees: directories that are named after a hash of their content, each content on disk once.
 
 trees/SHA256/        a directory as it was added; SHA256.json lists its content and hashes to SHA256
+                     whoever reads the tree holds a shared lock on that list, and `collect` leaves it alone
 files/SHA256.MODE    each content once: the files of all trees are hard links to these
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -40,6 +42,8 @@ class Freed(msgspec.Struct, frozen=True):
     trees: int
     files: int
     bytes: int
+    in_use: int = 0
+    """Trees that no name stands for, which somebody reads at this moment: the next time."""
 
 
 class TreeStore:
@@ -57,6 +61,35 @@ class TreeStore:
         if not path.is_dir():
             raise HubError(f"{path} is missing: `ale hub verify` says what else is; add it again.")
         return path
+
+    @contextlib.contextmanager
+    def using(self, tree: str) -> Iterator[Path]:
+        """The tree's directory, which is not collected meanwhile, by whichever process. Raises HubError."""
+        fd = self._lease(tree)
+        try:
+            yield self.path(tree)
+        finally:
+            os.close(fd)
+
+    def keep(self, tree: str) -> Path:
+        """The tree's directory, which is not collected for as long as this process runs. Raises HubError."""
+        listed = str(self._trees / f"{tree}.json")
+        if listed not in _kept:
+            _kept[listed] = self._lease(tree)
+        return self.path(tree)
+
+    def _lease(self, tree: str) -> int:
+        path = self._trees / f"{tree}.json"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise HubError(f"{path} is missing: add what it belonged to again.") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise HubError(f"{path} is being deleted by `ale hub gc`: no name stood for it.") from None
+        return fd
 
     def files(self, tree: str) -> list[File]:
         """What a tree holds, by path. Raises HubError when its list is missing or damaged."""
@@ -78,7 +111,9 @@ class TreeStore:
             listed = list(_scan(source, prefix, self._take_in))
             data = msgspec.json.encode(listed)
             tree = hashlib.sha256(data).hexdigest()
-            write_whole(self._trees / f"{tree}.json", data)
+            path = self._trees / f"{tree}.json"
+            if not path.exists() or path.read_bytes() != data:  # else whoever reads the tree has a lock on this file
+                write_whole(path, data)
             if (self._trees / tree).is_dir() and self.verify(tree):
                 remove_tree(self._trees / tree)
             if not (self._trees / tree).is_dir():
@@ -156,9 +191,13 @@ class TreeStore:
         return sorted(wrong)
 
     def collect(self, used: Set[str]) -> Freed:
-        """Deletes every other tree, contents that no tree links to, and what a killed `add` left."""
+        """Deletes every other tree unless somebody reads it, contents that no tree links to, and what a killed `add`
+        left."""
         unused = [path for path in self._trees.glob("*") if path.name.removesuffix(".json") not in used]
-        for path in unused:
+        listed = {path.stem for path in unused if path.suffix == ".json"}
+        deleted = sum(map(self._delete, sorted(listed)))
+        left = [path for path in unused if path.suffix != ".json" and path.name not in listed]
+        for path in left:
             if path.is_dir():
                 remove_tree(path)
             else:
@@ -169,7 +208,26 @@ class TreeStore:
             if info.st_nlink == 1:
                 files, freed = files + 1, freed + info.st_size
                 path.unlink()
-        return Freed(sum(not path.name.endswith(".json") for path in unused), files, freed)
+        return Freed(deleted + len(left), files, freed, len(listed) - deleted)
+
+    def _delete(self, tree: str) -> bool:
+        """Whether it is gone now; False: somebody reads it."""
+        path = self._trees / f"{tree}.json"
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (self._trees / tree).is_dir():
+                remove_tree(self._trees / tree)
+            path.unlink()
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+
+# Locked lists of the trees that this process goes on reading: they are unlocked with its end.
+_kept: dict[str, int] = {}
 
 
 def _holds(path: Path, sha256: bytes) -> bool:

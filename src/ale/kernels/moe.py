@@ -256,7 +256,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         elsewhere = top_k_index >= self.num_experts
         top_k_index = top_k_index.masked_fill(elsewhere, self.num_experts - 1)
         top_k_weights = top_k_weights.masked_fill(elsewhere, 0.0)
-    if _is_plain_swiglu(self):
+    if is_plain_swiglu(self):
         gate_up, down = self.gate_up_proj, self.down_proj
         if self.is_transposed:
             gate_up, down = gate_up.mT, down.mT
@@ -264,7 +264,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return _composed_experts(self, hidden_states, top_k_index, top_k_weights)
 
 
-def _is_plain_swiglu(module: Any) -> bool:
+def is_plain_swiglu(module: Any) -> bool:
     from transformers.activations import SiLUActivation
     from transformers.integrations.moe import _default_apply_gate
 

@@ -8,7 +8,8 @@ itself, at the positions it would have alone, so that every number is that of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from torch import Tensor
 from ale.kernels.routing_replay import NOT_RECORDED
 from ale.messages import Chunk
 from ale.wire import Array
+
+OVERHEAD = 256
+"""What a micro-batch costs besides its tokens, in tokens (docs/learner.md)."""
 
 Ints = npt.NDArray[np.int64]
 Experts = npt.NDArray[np.int16]
@@ -51,6 +55,17 @@ class MicroBatch:
         """Of all sequences, prompts counted for each."""
         return sum(len(places) for places in self.places_N)
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, places_N=tuple(places.to(device) for places in self.places_N), **moved)
+
 
 def split(
     tokens_N: Sequence[Array],
@@ -58,10 +73,12 @@ def split(
     micro_tokens: int,
     *,
     width: int | None = None,
+    overhead: int = OVERHEAD,
     experts_N: Sequence[Array | None] | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches of at most `micro_tokens` padded tokens (or one row), of similar lengths each.
 
+    Rows are cut into micro-batches so that what padding costs, and `overhead` tokens for each micro-batch, is least.
     `width` is the model's hidden size, which decides when sharing a prompt pays; None: no prompt is shared.
     `experts_N` are the recorded experts [T, L, J] of the first T tokens of each sequence. Sequences whose records of a
     prompt differ do not share it.
@@ -71,13 +88,28 @@ def split(
     rows = [_Row(len(prompt), members) for prompt, members in _by_prompt(tokens, chunks_N, experts)]
     rows = [part for row in rows for part in row.parts([len(t) for t in tokens], width, micro_tokens)]
     rows.sort(key=lambda row: row.length)
-    groups: list[list[_Row]] = []
-    for row in rows:
-        if groups and (len(groups[-1]) + 1) * row.length <= micro_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    groups = _cut(rows, micro_tokens, overhead)
     return [_pack(group, tokens, chunks_N, experts) for group in groups]
+
+
+def _cut(rows: list[_Row], micro_tokens: int, overhead: int) -> list[list[_Row]]:
+    """Runs of rows (sorted by length, so the last is the longest) of the least cost in all."""
+    cost, begins = [0], [0]
+    for end, last in enumerate(rows, start=1):
+        choices = []
+        for begin in range(end - 1, -1, -1):
+            cells = (end - begin) * last.length
+            if begin < end - 1 and cells > micro_tokens:
+                break
+            choices.append((cost[begin] + cells + overhead, begin))
+        best, begin = min(choices)
+        cost.append(best)
+        begins.append(begin)
+    groups, end = list[list[_Row]](), len(rows)
+    while end:
+        groups.append(rows[begins[end] : end])
+        end = begins[end]
+    return groups[::-1]
 
 
 @dataclass

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -33,9 +32,20 @@ def action_logp(
     logits are never rounded to less than the weights have. Where the batch carries the experts that were chosen while
     sampling, they are used again (`ale.kernels.routing_replay`).
     """
-    # Nothing is recomputed in the backward, so the replay may end with the forward.
-    replay = nullcontext() if batch.experts_LBTJ is None else replay_routing(model, batch.experts_LBTJ)
-    with replay, torch.autocast("cpu", precision, enabled=precision is not torch.float32):
+    with routed(model, batch):
+        return _action_logp(model, batch, temperature, precision, router_loss)
+
+
+def routed(model: PreTrainedModel, batch: MicroBatch) -> AbstractContextManager[None]:
+    """Inside, tokens go through the experts that the batch recorded. Where layers are computed again in the backward,
+    that has to lie inside too."""
+    return nullcontext() if batch.experts_LBTJ is None else replay_routing(model, batch.experts_LBTJ)
+
+
+def _action_logp(
+    model: PreTrainedModel, batch: MicroBatch, temperature: float, precision: torch.dtype, router_loss: bool
+) -> tuple[Tensor, Tensor | None]:
+    with torch.autocast(batch.ids_BT.device.type, precision, enabled=precision is not torch.float32):
         output = hidden_states(
             model,
             input_ids=batch.ids_BT,
@@ -54,8 +64,9 @@ def _attention(batch: MicroBatch, dtype: torch.dtype) -> dict[str, Any]:
     if batch.sees_BTT is None:
         return {}
     # Additive, once for all layers: given as bool, each layer would turn it into numbers and keep its own for backward.
-    mask_B1TT = torch.zeros(batch.sees_BTT.shape, dtype=dtype).masked_fill_(~batch.sees_BTT, -torch.inf)[:, None]
-    return {"position_ids": batch.position_BT, "attention_mask": mask_B1TT}
+    mask_BTT = torch.zeros(batch.sees_BTT.shape, dtype=dtype, device=batch.sees_BTT.device)
+    mask_BTT.masked_fill_(~batch.sees_BTT, -torch.inf)
+    return {"position_ids": batch.position_BT, "attention_mask": mask_BTT[:, None]}
 
 
 def _head_logp(head: torch.nn.Module, before_AD: Tensor, ids_A: Tensor, temperature: float) -> Tensor:
@@ -71,31 +82,17 @@ def _head_logp(head: torch.nn.Module, before_AD: Tensor, ids_A: Tensor, temperat
     return torch.log_softmax(logits_AV, -1).gather(1, ids_A[:, None])[:, 0]
 
 
-class _WithWeights(torch.nn.Module):
-    """Lets `functional_call` run `action_logp`, whose head is reached outside of the model's own forward."""
+class PolicyModel(torch.nn.Module):
+    """The model with its head as one module: what is sharded, and what an update calls."""
 
     def __init__(self, model: PreTrainedModel, precision: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
 
-    def forward(self, batch: MicroBatch, temperature: float) -> Tensor:
-        return action_logp(self.model, batch, temperature, precision=self.precision)[0]
-
-
-@torch.no_grad()
-def action_logp_under(
-    model: PreTrainedModel,
-    weights: Mapping[str, Tensor],
-    batch: MicroBatch,
-    temperature: float,
-    *,
-    precision: torch.dtype = torch.float32,
-) -> Tensor:
-    """The same log-probabilities under other weights of the model (those of the version that sampled), no gradient."""
-    named = {f"model.{name}": tensor for name, tensor in weights.items()}
-    result: Tensor = functional_call(_WithWeights(model, precision), named, (batch, temperature), strict=False)
-    return result
+    def forward(self, batch: MicroBatch, temperature: float, router_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+        """As `action_logp`; the caller holds `routed` open, until after the backward."""
+        return _action_logp(self.model, batch, temperature, self.precision, router_loss)
 
 
 def is_moe(model: PreTrainedModel) -> bool:
@@ -109,9 +106,10 @@ def _router_loss(router_logits: Sequence[Tensor], chosen: int, places_N: Sequenc
 
     Over a micro-batch the product of the two means would depend on how the batch was split; a sequence is never split.
     """
-    tokens_N = torch.tensor([len(places) for places in places_N], dtype=torch.float32)
+    device = router_logits[0].device
+    tokens_N = torch.tensor([len(places) for places in places_N], dtype=torch.float32, device=device)
     places_NT = pad_sequence(list(places_N), batch_first=True)
-    real_NT1 = (torch.arange(places_NT.shape[1]) < tokens_N[:, None]).float()[..., None]
+    real_NT1 = (torch.arange(places_NT.shape[1], device=device) < tokens_N[:, None]).float()[..., None]
     loss_N = torch.zeros_like(tokens_N)
     for logits in router_logits:
         share_NTE = logits.float().softmax(-1)[places_NT]

@@ -1,9 +1,15 @@
-"""The learner's process: `python -m ale.learner.learner_process FD`. One request at a time."""
+"""The learner's process: `python -m ale.learner.learner_process FD`. One request at a time.
+
+With `learner.ranks` above 1 this is rank 0: it starts the others, hands each request on, and answers for all.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +17,12 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 
-from ale.algorithm.objectives import Objective, objective
-from ale.config import AlgorithmConfig
 from ale.errors import LearnerError
-from ale.learner.learner import Learner, LearnerSettings
-from ale.learner.state import load_state, save_state
-from ale.learner.weights import Layout, WeightRing
+from ale.learner.crew import Crew, end_with
+from ale.learner.learner import Learner
+from ale.learner.opening import check_device, open_alone, open_sharded, publish_weights
+from ale.learner.ranks import Ranks
+from ale.learner.state import save_state
 from ale.messages import (
     Imitate,
     Opened,
@@ -27,8 +33,12 @@ from ale.messages import (
     StartPolicyOptimization,
     TrainStep,
 )
-from ale.models.load import load_model, load_tokenizer
 from ale.process import serve
+
+REQUESTS = (TrainStep, Imitate, StartPolicyOptimization, SaveModel, SaveState)
+# Of the deadline: a collective that waits for too long is an error of the ranks, which know more of it than whoever
+# asked, so theirs comes first.
+_PATIENCE = 0.9
 
 
 class LearnerService:
@@ -36,31 +46,46 @@ class LearnerService:
 
     busy = False
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: Learner, crew: Crew | None = None) -> None:
         self._learner = learner
+        self._crew = crew
 
     def step(self) -> Iterable[tuple[int, msgspec.Struct]]:
         return ()
 
     def handle(self, number: int, request: object) -> Iterable[tuple[int, msgspec.Struct | None]]:
-        yield number, self._answer(request)
+        if not isinstance(request, REQUESTS):
+            raise LearnerError(f"the learner does not understand {type(request).__name__}")
+        if self._crew is None:
+            yield number, carry_out(self._learner, request)
+            return
+        self._crew.tell(request)
+        try:
+            answer = carry_out(self._learner, request)
+        except LearnerError:  # all ranks have raised it, and are ready for what comes next
+            raise
+        except Exception:
+            doing = f"{type(request).__name__}, at version {self._learner.version}"
+            end_with(f"rank 0 of the learner's {self._crew.size}, in {doing}: {traceback.format_exc(limit=-4)}")
+        yield number, answer
 
-    def _answer(self, request: object) -> msgspec.Struct | None:
-        learner = self._learner
-        match request:
-            case TrainStep(samples=samples):
-                return learner.learn(samples)
-            case Imitate():
-                return learner.imitate(request.demonstrations, request.learning_rate, request.weight_decay)
-            case StartPolicyOptimization():
-                learner.start_policy_optimization()
-                return None
-            case SaveModel(path=path):
-                return _saved(learner.save, path)
-            case SaveState(path=path):
-                return _saved(partial(save_state, learner), path)
-            case _:
-                raise LearnerError(f"the learner does not understand {type(request).__name__}")
+
+def carry_out(learner: Learner, request: object) -> msgspec.Struct | None:
+    """What every rank does with a request; the answer is rank 0's to give."""
+    match request:
+        case TrainStep(samples=samples):
+            return learner.learn(samples)
+        case Imitate():
+            return learner.imitate(request.demonstrations, request.learning_rate, request.weight_decay)
+        case StartPolicyOptimization():
+            learner.start_policy_optimization()
+            return None
+        case SaveModel(path=path):
+            return _saved(learner.save, path)
+        case SaveState(path=path):
+            return _saved(partial(save_state, learner), path)
+        case _:
+            raise LearnerError(f"the learner does not understand {type(request).__name__}")
 
 
 def _saved(save: Callable[[Path], None], path: str) -> Saved:
@@ -72,46 +97,31 @@ def _saved(save: Callable[[Path], None], path: str) -> Saved:
     return Saved()
 
 
-def _open(settings: OpenLearner) -> tuple[LearnerService, Opened]:
-    torch.set_num_threads(settings.threads)
-    model = load_model(settings.model)
-    ring = WeightRing(settings.weights_fd, Layout.of(model, settings.slots))
+def join(settings: OpenLearner, rank: int, store: str) -> Ranks:
+    # One node: what the ranks say to each other stays on it.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     c = settings.learner
-    learner = Learner(
-        model,
-        load_tokenizer(settings.model),
-        ring,
-        _objective(settings.algorithm),
-        LearnerSettings(
-            learning_rate=c.learning_rate,
-            warmup_steps=c.warmup_steps,
-            decay_steps=c.updates * c.epochs if c.schedule == "linear" else 0,
-            beta1=c.beta1,
-            beta2=c.beta2,
-            weight_decay=c.weight_decay,
-            max_grad_norm=c.max_grad_norm,
-            micro_tokens=c.micro_tokens,
-            router_loss=c.router_loss,
-            temperature=settings.temperature,
-            epochs=c.epochs,
-            pi_old=settings.algorithm.pi_old,
-            precision=settings.precision,
-        ),
-    )
-    if settings.state is not None:
-        load_state(learner, Path(settings.state))
-    return LearnerService(learner), Opened(version=learner.version, slot=learner.slot)
+    return Ranks.join(store, rank, c.ranks, c.device, c.step_deadline_s * _PATIENCE)
 
 
-def _objective(algorithm: AlgorithmConfig) -> Objective:
-    """The objective with those of its settings that the configuration names."""
-    named = {
-        name: value
-        for name in ("gamma", "mask_high", "mask_low", "normalization")
-        if (value := getattr(algorithm, name)) is not None
-    }
-    return objective(algorithm.objective, **named)
+def _open(stack: ExitStack, settings: OpenLearner) -> tuple[LearnerService, Opened]:
+    torch.set_num_threads(settings.threads)
+    check_device(settings.learner.device, settings.learner.ranks)
+    crew = None
+    if settings.learner.ranks == 1:
+        learner = open_alone(settings)
+    else:
+        buffers = publish_weights(settings)
+        crew = stack.enter_context(Crew(settings))
+        try:
+            learner = open_sharded(settings, join(settings, 0, crew.store), buffers)
+        except LearnerError:
+            raise
+        except Exception as error:
+            raise LearnerError(f"the {crew.size} ranks did not come together: {error}") from error
+    return LearnerService(learner, crew), Opened(version=learner.version, slot=learner.slot)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), (OpenLearner, TrainStep, Imitate, StartPolicyOptimization, SaveModel, SaveState), _open)
+    with ExitStack() as opened:
+        serve(int(sys.argv[1]), (OpenLearner, *REQUESTS), partial(_open, opened))

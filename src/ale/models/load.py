@@ -65,10 +65,27 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
             f"model.path: the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them."
         )
     _check_head(model, directory)
+    _use_own_experts(model)
+    return model
+
+
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """What kind of model a directory holds. It needs no weights."""
+    return _config(Path(path).expanduser())
+
+
+def model_without_weights(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of that kind whose parameters and buffers have shapes and no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    _use_own_experts(model)
+    return model.eval()
+
+
+def _use_own_experts(model: PreTrainedModel) -> None:
     if getattr(model.config, "num_experts", None):
         register_experts()
         model.set_experts_implementation("ale")
-    return model
 
 
 def _config(directory: Path) -> PreTrainedConfig:

@@ -50,8 +50,26 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
 
 
 def nano_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, layers: int = 2) -> Qwen3MoeConfig:
+    return nano_settings(
+        -(-len(tokenizer) // 64) * 64,
+        hidden_size,
+        layers,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def nano_settings(
+    vocab_size: int,
+    hidden_size: int = 128,
+    layers: int = 2,
+    *,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> Qwen3MoeConfig:
+    """The shape of a nano model; it needs no tokenizer."""
     return Qwen3MoeConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=hidden_size // 32,
@@ -66,8 +84,8 @@ def nano_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, laye
         max_position_embeddings=2048,
         # 1/sqrt(128): the default of 0.02 is meant for models ten times as wide and leaves this one silent for long.
         initializer_range=hidden_size**-0.5,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
         bos_token_id=None,
     )
 

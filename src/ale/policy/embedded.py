@@ -6,7 +6,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from ale.errors import PolicyError
-from ale.messages import EndSession, EngineStatistics, Generate, GetStatistics, LoadWeights, OpenEngine, Turn
+from ale.messages import (
+    EndSession,
+    EngineStatistics,
+    Generate,
+    GetStatistics,
+    LoadWeights,
+    OpenEngine,
+    SetThreads,
+    Turn,
+)
 from ale.process import WorkerProcess
 
 _OPEN_DEADLINE_S = 300.0
@@ -30,6 +39,9 @@ class EmbeddedPolicy:
     async def load_weights(self, version: int, slot: int) -> None:
         await self._worker.ask(LoadWeights(version=version, slot=slot), deadline_s=_CONTROL_DEADLINE_S)
         self.version = version
+
+    async def set_threads(self, threads: int) -> None:
+        await self._worker.ask(SetThreads(threads=threads), deadline_s=_CONTROL_DEADLINE_S)
 
     async def statistics(self) -> EngineStatistics:
         return await self._worker.ask(GetStatistics(), deadline_s=_CONTROL_DEADLINE_S)

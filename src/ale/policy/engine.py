@@ -26,8 +26,9 @@ from ale.errors import ModelError, PolicyError
 from ale.kernels.routing_replay import count_experts, record_routing
 from ale.messages import EngineStatistics, Finish, Generate, Sampling, Turn
 from ale.models.load import hidden_states
+from ale.policy.attention import FlatCache
+from ale.policy.fused import flat_hidden_states, fuse
 from ale.policy.kv_cache import KVRows, RowsCache
-from ale.policy.packed import pack_linears
 from ale.policy.sampler import sample, uniform
 from ale.wire import Array
 
@@ -48,6 +49,11 @@ class _Sequence:
     logp_sampled: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
     experts: list[Experts] = field(default_factory=list)  # of every cached position, where routing is recorded
+
+    @property
+    def missing(self) -> int:
+        """Tokens that are not in the cache yet."""
+        return len(self.tokens) - self.cached
 
     @property
     def finish(self) -> Finish | None:
@@ -102,7 +108,7 @@ class Engine:
         self.model = model.eval()
         self.version = 0
         self._cache = KVRows(model.config, rows, model.dtype)
-        self._packed = pack_linears(model, precision or model.dtype)
+        self.fused = fuse(model, precision or model.dtype)
         self._rows = rows
         self._running: list[_Sequence] = []  # the index is the row
         self._waiting: deque[_Sequence] = deque()
@@ -140,8 +146,7 @@ class Engine:
     def set_version(self, version: int) -> None:
         """Call after the model's weights have changed: what the cache holds belongs to the old ones."""
         self.version = version
-        for layer in self._packed:
-            layer.pack()
+        self.fused.pack()
         self._parked.clear()
         for sequence in self._running:
             self._recomputed += sequence.cached
@@ -169,18 +174,13 @@ class Engine:
         """Advances every running sequence by one token; returns the turns that this finished."""
         while self._waiting and len(self._running) < self._rows:
             self._join(self._waiting.popleft())
-        ready = [row for row, s in enumerate(self._running) if len(s.tokens) - s.cached == 1]
-        fresh = [row for row, s in enumerate(self._running) if len(s.tokens) - s.cached > 1]
-        while fresh:
-            first, rest = self._without_overlap(fresh)
-            for rows in self._prefill_batches(first):
+        left = list(range(len(self._running)))
+        while left:
+            first, left = self._without_overlap(left)
+            for rows in self._batches(first):
                 self._forward(rows)
-            fresh = []
-            for row in rest:
+            for row in left:
                 self._borrow(row)
-                (ready if len(self._running[row].tokens) - self._running[row].cached == 1 else fresh).append(row)
-        if ready:
-            self._forward(sorted(ready))
         done = []
         for row in reversed(range(len(self._running))):
             sequence = self._running[row]
@@ -220,11 +220,19 @@ class Engine:
         """Rows to compute now, and those that will find part of what they need computed by one of them."""
         first: list[int] = []
         rest: list[int] = []
+        prompts: list[int] = []
         for row in rows:
             sequence = self._running[row]
+            if sequence.missing == 1:
+                first.append(row)
+                continue
             prompt = sequence.tokens[:-1]
-            overlaps = (_common_prefix(self._running[other].tokens, prompt) - sequence.cached for other in first)
-            (rest if any(n >= _SHARED_TOKENS for n in overlaps) else first).append(row)
+            overlaps = (_common_prefix(self._running[other].tokens, prompt) - sequence.cached for other in prompts)
+            if any(n >= _SHARED_TOKENS for n in overlaps):
+                rest.append(row)
+            else:
+                first.append(row)
+                prompts.append(row)
         return first, rest
 
     def _leave(self, row: int, *, park: bool) -> None:
@@ -241,49 +249,61 @@ class Engine:
             self._running[row] = self._running[last]
         self._running.pop()
 
-    def _prefill_batches(self, rows: list[int]) -> list[list[int]]:
-        """Rows of similar length together, each batch within the token budget."""
+    def _batches(self, rows: list[int]) -> list[list[int]]:
+        """What one forward computes: rows of any length together where nothing is padded, else of similar length; each
+        within the token budget."""
         batches: list[list[int]] = []
-        for row in sorted(rows, key=lambda r: len(self._running[r].tokens) - self._running[r].cached):
-            width = len(self._running[row].tokens) - self._running[row].cached
-            if batches and (len(batches[-1]) + 1) * width <= _PREFILL_TOKENS:
+        tokens = width = 0  # of the last batch
+        for row in sorted(rows, key=lambda r: self._running[r].missing):
+            missing = self._running[row].missing
+            if batches and self.fused.flat:
+                joins, tokens = True, tokens + missing
+            elif batches:  # one token a row is a shape of its own
+                joins, tokens = missing == 1 or width > 1, (len(batches[-1]) + 1) * missing
+            else:
+                joins = False
+            if joins and tokens <= _PREFILL_TOKENS:
                 batches[-1].append(row)
             else:
                 batches.append([row])
+                tokens = missing
+            width = missing
         return [sorted(batch) for batch in batches]
+
+    def _states(self, rows: list[int], sequences: list[_Sequence], count_B: list[int]) -> Tensor:
+        """The last hidden state of each row [B, D], of its uncached tokens; the cache is filled."""
+        start_B = [s.cached for s in sequences]
+        if self.fused.flat:
+            flat = FlatCache(self._cache, rows, start_B, count_B)
+            ids_N = torch.tensor([token for s in sequences for token in s.tokens[s.cached :]])
+            return flat_hidden_states(self.model, ids_N, flat)[torch.tensor(count_B).cumsum(0) - 1]
+        width = max(count_B)
+        cache = RowsCache(self._cache, rows, start_B, count_B)
+        ids_BQ = torch.tensor(
+            [s.tokens[s.cached :] + [0] * (width - n) for s, n in zip(sequences, count_B, strict=True)]
+        )
+        end = max(s + n for s, n in zip(start_B, count_B, strict=True))
+        # Padding after a long row must not pass the model's last position.
+        position_BQ = (torch.tensor(start_B)[:, None] + torch.arange(width)).clamp(max=end - 1)
+        output = hidden_states(
+            self.model,
+            input_ids=ids_BQ,
+            position_ids=position_BQ,
+            attention_mask=(torch.arange(end) <= position_BQ[:, :, None])[:, None],
+            use_cache=True,
+            cache=cache,
+        )
+        states_BD: Tensor = output.last_hidden_state[torch.arange(len(rows)), torch.tensor(count_B) - 1]
+        return states_BD
 
     def _forward(self, rows: list[int]) -> None:
         """Computes the uncached tokens of these rows and samples the next token of each."""
         sequences = [self._running[row] for row in rows]
-        start_B = [s.cached for s in sequences]
-        count_B = [len(s.tokens) - s.cached for s in sequences]
-        width = max(count_B)
-        cache = RowsCache(self._cache, rows, start_B, count_B)
-        if width == 1:
-            ids_BQ = torch.tensor([[s.tokens[-1]] for s in sequences])
-            position_BQ = torch.tensor(start_B)[:, None]
-        else:
-            ids_BQ = torch.tensor(
-                [s.tokens[s.cached :] + [0] * (width - n) for s, n in zip(sequences, count_B, strict=True)]
-            )
-            position_BQ = torch.tensor(start_B)[:, None] + torch.arange(width)
-        end = max(s + n for s, n in zip(start_B, count_B, strict=True))
-        position_BQ = position_BQ.clamp(max=end - 1)  # padding after a long row must not pass the model's last position
-        mask_B1QT = (torch.arange(end) <= position_BQ[:, :, None])[:, None]
+        count_B = [s.missing for s in sequences]
         with record_routing(self.model) if self._record_routing else nullcontext() as routing:
-            output = hidden_states(
-                self.model,
-                input_ids=ids_BQ,
-                position_ids=position_BQ,
-                attention_mask=mask_B1QT,
-                cache=cache,
-                use_cache=True,
-            )
+            last_BD = self._states(rows, sequences, count_B)
         if routing is not None:
-            experts_BQLJ = routing.take().permute(1, 2, 0, 3).to(self._experts_dtype).numpy()
-            for sequence, experts_QLJ, count in zip(sequences, experts_BQLJ, count_B, strict=True):
-                sequence.experts += list(experts_QLJ[:count])
-        last_BD = output.last_hidden_state[torch.arange(len(rows)), torch.tensor(count_B) - 1]
+            self._keep(routing.take(), sequences, count_B)
         logits_BV = self.model.get_output_embeddings()(last_BD)
         settings = [s.request.sampling for s in sequences]
         uniform_B = np.array([uniform(s.request.sampling.seed, len(s.tokens)) for s in sequences])
@@ -299,6 +319,12 @@ class Engine:
             if count > 1:
                 self._prefilled += count
         self._generated += len(rows)
+
+    def _keep(self, experts_LBQJ: Tensor, sequences: list[_Sequence], count_B: list[int]) -> None:
+        experts_BQLJ = experts_LBQJ.permute(1, 2, 0, 3).to(self._experts_dtype).numpy()
+        own = np.split(experts_BQLJ[0], np.cumsum(count_B)[:-1]) if self.fused.flat else experts_BQLJ
+        for sequence, experts_QLJ, count in zip(sequences, own, count_B, strict=True):
+            sequence.experts += list(experts_QLJ[:count])
 
 
 def _check(sampling: Sampling) -> None:

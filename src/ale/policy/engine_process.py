@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 
 import msgspec
@@ -10,7 +11,7 @@ import torch
 
 from ale.errors import PolicyError
 from ale.learner.weights import Layout, WeightRing
-from ale.messages import EndSession, Generate, GetStatistics, LoadWeights, Opened, OpenEngine, Turn
+from ale.messages import EndSession, Generate, GetStatistics, LoadWeights, Opened, OpenEngine, SetThreads, Turn
 from ale.models.load import load_model
 from ale.policy.engine import Engine
 from ale.process import serve
@@ -24,6 +25,7 @@ class EngineService:
         model = load_model(settings.model)
         precision = getattr(torch, settings.precision)
         self._engine = Engine(model, rows=settings.rows, precision=precision, record_routing=settings.record_routing)
+        self._busy_s = 0.0
         self._ring: WeightRing | None = None
         if settings.weights_fd is not None:
             self._ring = WeightRing(settings.weights_fd, Layout.of(model, settings.slots))
@@ -33,7 +35,10 @@ class EngineService:
         return self._engine.busy
 
     def step(self) -> Iterable[tuple[int, Turn]]:
-        return self._engine.step()
+        began = time.monotonic()
+        turns = self._engine.step()
+        self._busy_s += time.monotonic() - began
+        return turns
 
     def handle(self, number: int, request: object) -> Iterable[tuple[int, msgspec.Struct | Exception | None]]:
         engine = self._engine
@@ -50,8 +55,11 @@ class EngineService:
                 self._ring.adopt(slot, engine.model)
                 engine.set_version(version)
                 yield number, None
+            case SetThreads(threads=threads):
+                torch.set_num_threads(threads)
+                yield number, None
             case GetStatistics():
-                yield number, engine.statistics()
+                yield number, msgspec.structs.replace(engine.statistics(), busy_s=self._busy_s)
             case _:
                 raise PolicyError(f"the engine does not understand {type(request).__name__}")
 
@@ -61,4 +69,4 @@ def _open(settings: OpenEngine) -> tuple[EngineService, Opened]:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), (OpenEngine, Generate, EndSession, LoadWeights, GetStatistics), _open)
+    serve(int(sys.argv[1]), (OpenEngine, Generate, EndSession, LoadWeights, SetThreads, GetStatistics), _open)

@@ -33,6 +33,7 @@ class KVRows:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers = int(config.num_hidden_layers)
+        self.heads, self.dtype = heads, dtype
         self._shape = (rows, heads, 0, width)
         self.keys = [torch.empty(self._shape, dtype=dtype) for _ in range(self.layers)]
         self.values = [torch.empty(self._shape, dtype=dtype) for _ in range(self.layers)]

@@ -10,8 +10,9 @@ from ale.messages import Generate, Turn
 class Policy(Protocol):
     """Token ids in, sampled token ids out, with what each was sampled from. Nothing is re-tokenised."""
 
-    version: int
-    """The version that the next token will be sampled from."""
+    @property
+    def version(self) -> int:
+        """The version that the next token will be sampled from."""
 
     async def generate(self, request: Generate) -> Turn:
         """Continues a prompt. Raises `PolicyError`."""

@@ -57,9 +57,11 @@ def _draw(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     Cumulative sums in float64 favour no token by rounding, but over a whole vocabulary they would cost more than the
     rest of the sampler; so only one block of each row is summed token by token.
     """
+    if p_BV.shape[1] <= _BLOCK:
+        return _invert(p_BV, uniform_B[:, None])[0][:, 0]
     p_BKv = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[1] % _BLOCK)).view(len(p_BV), -1, _BLOCK)
     block_B1, within_B1 = _invert(p_BKv.sum(-1), uniform_B[:, None])
-    token_B1, _ = _invert(p_BKv.take_along_dim(block_B1[..., None], 1)[:, 0], within_B1)
+    token_B1, _ = _invert(p_BKv[torch.arange(len(p_BV)), block_B1[:, 0]], within_B1)
     return (block_B1 * _BLOCK + token_B1)[:, 0].clamp_(max=p_BV.shape[1] - 1)
 
 

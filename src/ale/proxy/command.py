@@ -68,6 +68,10 @@ class CommandAgent:
         ended: Completed | None = None
         result: ToolResult | None = None
         env = self._make_env(rollout.task)
+        allowed_s = c.episode_timeout_s
+        straggler = rollout.straggler_s is not None and rollout.straggler_s < allowed_s
+        if rollout.straggler_s is not None and straggler:
+            allowed_s = rollout.straggler_s
         opened = self._proxy.episode(
             rollout.id,
             limits=Limits(
@@ -82,7 +86,7 @@ class CommandAgent:
         )
         async with opened as episode:
             try:
-                async with asyncio.timeout(c.episode_timeout_s):
+                async with asyncio.timeout(allowed_s) as scope:
                     instruction = await env.reset()
                     try:
                         ended = await self._run(env.sandbox, episode, instruction)
@@ -98,7 +102,9 @@ class CommandAgent:
                     else:
                         reward = (await env.score()).reward
             except FAILURES as error:
-                status, cause = failure_of(error, c.episode_timeout_s)
+                status, cause = failure_of(error, allowed_s)
+                if status == "episode_timeout" and straggler and scope.expired():
+                    status = "straggler"
             finally:
                 try:
                     await env.close()

@@ -32,11 +32,15 @@ class Cgroups(msgspec.Struct, frozen=True):
         """How often `pids.max` refused a process in a group; 0 where the kernel does not count."""
         for hierarchy in self.hierarchies:
             if "pids" in hierarchy.limits:
-                try:
-                    text = (Path(hierarchy.directory) / group / "pids.events").read_text()
+                try:  # twice for every command: not by Path and a text file, which take four times as long
+                    fd = os.open(f"{hierarchy.directory}/{group}/pids.events", os.O_RDONLY | os.O_CLOEXEC)
                 except OSError:
                     return 0
-                return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("max ")), 0)
+                try:
+                    words = os.read(fd, 4096).split()
+                finally:
+                    os.close(fd)
+                return int(words[words.index(b"max") + 1]) if b"max" in words else 0
         return 0
 
     def remove(self) -> None:

@@ -11,7 +11,6 @@ import _socket
 import marshal
 import posix
 import sys
-from array import array
 
 GATE_FD = 5  # as in launcher.py, which is not there inside
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
@@ -20,11 +19,16 @@ _PYC_HEADER = 16
 _BACKLOG = 64
 
 
+class Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    """Data with an address. Not `array`: that imports `collections`, half a megabyte in every sandbox."""
+
+    _type_ = "B"
+
+
 def watch(program: bytes) -> int:
     """Installs the filter for this process and all that come of it; the descriptor that its reports come from."""
-    instructions = array("B", program)
-    address, size = instructions.buffer_info()
-    sock_fprog = (size // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
+    instructions = (Byte * len(program)).from_buffer_copy(program)
+    sock_fprog = (len(program) // 8).to_bytes(8, "little") + _ctypes.addressof(instructions).to_bytes(8, "little")
     library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: this program
     call = (_SECCOMP[posix.uname().machine], _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER, sock_fprog)
     fd = int(_ctypes.call_function(_ctypes.dlsym(library, "syscall"), call))
@@ -44,7 +48,8 @@ def main() -> None:
     with open(program, "rb") as file:
         fds.append(watch(file.read()))
     engine = _socket.socket(fileno=GATE_FD)
-    engine.sendmsg([b"g"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array("i", fds))])
+    packed = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+    engine.sendmsg([b"g"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)])
     engine.close()
     for fd in fds:
         posix.close(fd)

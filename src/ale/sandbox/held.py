@@ -6,7 +6,11 @@ import asyncio
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
 
+from ale.errors import DeadlineExceeded
+
 T = TypeVar("T")
+
+_LEAVE_S = 300.0  # a workspace of millions of files takes its time to go
 
 
 class Held(Generic[T]):
@@ -35,11 +39,14 @@ class Held(Generic[T]):
         return await asyncio.shield(self._entered)
 
     async def close(self) -> None:
-        """Returns when the manager has been left; raises what leaving raised. Idempotent."""
+        """Returns when the manager has been left; raises what leaving raised, and DeadlineExceeded when it is stuck.
+        Idempotent."""
         self._released.set()
         if not self._entered.done():
             self._task.cancel()
-        await asyncio.wait([self._task])
+        done, _ = await asyncio.wait([self._task], timeout=_LEAVE_S)
+        if not done:
+            raise DeadlineExceeded("the end of what was held open", _LEAVE_S)
         self._entered.cancel()  # where the attempt was ended before it began: whoever waits for the value is told
         if not self._task.cancelled():
             self._task.result()

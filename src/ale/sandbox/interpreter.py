@@ -9,11 +9,13 @@ loader: `standalone`.
 from __future__ import annotations
 
 import ast
-import py_compile
+import functools
+import marshal
 import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
 from ale.errors import SandboxError
@@ -24,7 +26,7 @@ _START_S = 30.0
 
 # Prints what the rocklet's imports loaded: module files, and every file mapped into the process.
 _WATCH = """
-import posix, sys, time, _ctypes, _signal, _socket, array, marshal, resource, select
+import posix, sys, time, _ctypes, _signal, _socket, marshal, resource, select
 files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
 maps = {line.split(None, 5)[5].rstrip() for line in open("/proc/self/maps") if line.count("/")}
 print(repr((sys.executable, files, sorted(maps))))
@@ -65,10 +67,10 @@ class Interpreter:
             if loader is None:
                 raise SandboxError(f"the interpreter {executable} has no dynamic loader that could be brought along")
             self.argv = (f"{MOUNT_POINT}/lib/{loader}", "--library-path", f"{MOUNT_POINT}/lib", *self.argv)
-        py_compile.compile(gate.__file__, cfile=str(directory / "gate.pyc"), doraise=True)
+        (directory / "gate.pyc").write_bytes(_compiled(Path(gate.__file__)))
         (directory / "rocklet").mkdir()
         for source in Path(rocklet.__file__).parent.glob("*.py"):
-            py_compile.compile(str(source), cfile=str(directory / "rocklet" / f"{source.stem}.pyc"), doraise=True)
+            (directory / "rocklet" / f"{source.stem}.pyc").write_bytes(_compiled(source))
 
     @staticmethod
     def _copy_module(module: Path, prefix: Path, library: Path) -> None:
@@ -78,7 +80,7 @@ class Interpreter:
         target = library / real.relative_to(prefix)
         target.parent.mkdir(parents=True, exist_ok=True)
         if real.suffix == ".py":  # compiled beside, so that no start compiles or checks a time stamp
-            py_compile.compile(str(real), cfile=str(target.with_suffix(".pyc")), doraise=True)
+            target.with_suffix(".pyc").write_bytes(_compiled(real))
         else:
             shutil.copy(real, target)
 
@@ -94,6 +96,14 @@ def _copy_library(path: Path, target: Path) -> None:
             shorter.symlink_to(path.name)
 
 
+@functools.cache  # for the next engine of this process
+def _compiled(source: Path) -> bytes:
+    """What stands in a .pyc file that has no source beside it: such a one needs neither time nor size of the source."""
+    code = compile(source.read_bytes(), str(source), "exec", dont_inherit=True)
+    return MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+
+
+@functools.cache
 def _watch() -> tuple[str, list[str], list[str]]:
     base = Path(getattr(sys, "_base_executable", "") or sys.executable).resolve()
     try:

@@ -360,7 +360,10 @@ def main() -> None:
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     write("/proc/self/oom_score_adj", _OOM_SCORE_ADJ)
-    launcher = Launcher(control, config)
+    try:
+        launcher = Launcher(control, config)
+    except ProcessLookupError:  # the engine was killed meanwhile: what it has made is for the next sweep
+        sys.exit(1)
     launcher.leave_cgroups(launcher.cgroups)  # as the engine's user: entering `home` from outside needs its rights
     if config["user"] is not None:
         uid, gid = config["user"]

@@ -12,6 +12,7 @@ waits. Those that stay idle are pinged, and replaced when they have broken.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Hashable, Mapping
@@ -21,11 +22,13 @@ from pathlib import Path
 import msgspec
 from msgspec import structs
 
-from ale.errors import SandboxError
+from ale.errors import DeadlineExceeded, SandboxError
 from ale.sandbox.admission import Admission, Capacity, Cost
 from ale.sandbox.held import Held
 from ale.sandbox.port import Command, Completed, EngineStatistics, Sandbox, SandboxEngine, SandboxSpec
 from ale.sandbox.shielded import shielded
+
+logger = logging.getLogger(__name__)
 
 _PING_S = 5.0
 
@@ -163,15 +166,23 @@ class Pool:
         try:
             sandbox = await kept.value()
             await sandbox.ping(deadline_s=_PING_S)
-        except SandboxError:
+        except (SandboxError, DeadlineExceeded):
             self._broken += 1
         except BaseException:
             await shielded(self._let_go(kept))
             raise
         else:
             return sandbox
-        await shielded(self._let_go(kept))
+        await shielded(self._retire(kept))
         return None
+
+    async def _retire(self, kept: _Kept) -> None:
+        """`_let_go` of one that nobody uses, so that nobody can be told when it does not close."""
+        try:
+            await self._let_go(kept)
+        except (SandboxError, DeadlineExceeded):
+            self._broken += 1
+            logger.exception("a warm sandbox was not closed as it should be")
 
     # -- keeping warm
 
@@ -197,7 +208,7 @@ class Pool:
         for key, template in list(self._templates.items()):
             wanted = self._wanted(template) if not self._admission.waiting else 0
             while len(template.idle) > wanted:
-                await self._let_go(template.idle.pop())
+                await self._retire(template.idle.pop())
             if not template.taken and not template.idle:
                 del self._templates[key]
 
@@ -213,9 +224,9 @@ class Pool:
                 kept = _Kept(self._engine, template.spec)
                 try:
                     await kept.value()
-                except SandboxError:
+                except (SandboxError, DeadlineExceeded):
                     self._broken += 1
-                    await self._let_go(kept)
+                    await self._retire(kept)
                     return  # whoever needs it next is told why; no loop of failures here
                 except BaseException:
                     await shielded(self._let_go(kept))

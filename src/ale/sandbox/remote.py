@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,17 @@ class RemoteEngine:
         return msgspec.convert(said.statistics, EngineStatistics, strict=False)
 
     async def stop(self, names: Sequence[str]) -> None:
+        """Stops every one of them, and then raises what the first that could not be stopped said."""
         paths = [_path(name) for name in names]
-        await asyncio.gather(*map(self.connection.delete, paths))
-        self._open.difference_update(names)
+        said = await asyncio.gather(*map(self.connection.delete, paths), return_exceptions=True)
+        self._open.difference_update(name for name, error in zip(names, said, strict=True) if error is None)
+        _raise_first(said)
 
     async def aclose(self) -> None:
         """Stops what was started here. Idempotent."""
+        released = (snapshot.release() for snapshot in tuple(self.snapshots))
         try:
-            await self.stop(tuple(self._open))
-            await asyncio.gather(*(snapshot.release() for snapshot in tuple(self.snapshots)))
+            _raise_first(await asyncio.gather(self.stop(tuple(self._open)), *released, return_exceptions=True))
         finally:
             await self.connection.close()
             state, self._state = self._state, None
@@ -167,6 +169,12 @@ class RemoteEngine:
             size += len(piece)
         self._trees[key] = (signature, digest.hexdigest(), size)
         return Path(key), digest.hexdigest(), size
+
+
+def _raise_first(said: Iterable[BaseException | None]) -> None:
+    for error in said:
+        if error is not None:
+            raise error
 
 
 def _path(name: str) -> str:

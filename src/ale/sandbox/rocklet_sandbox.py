@@ -21,6 +21,7 @@ from msgspec import structs
 from ale.audit import Alarm, AuditEvent
 from ale.errors import SandboxError, SandboxStopped
 from ale.sandbox.audit_log import AuditLog
+from ale.sandbox.exposed import Exposed
 from ale.sandbox.port import (
     MAX_FILE_BYTES,
     MAX_TRANSFER_BYTES,
@@ -70,8 +71,7 @@ class RockletSandbox(ABC):
         self._closed = False
         self._sessions: dict[str, ShellSession] = {}
         self._relays = Relays()
-        self._exposed: dict[bytes, Path] = {}  # address inside -> socket outside
-        self._listeners: dict[bytes, Stream] = {}
+        self._exposed = Exposed(self._relays)
         self._commands = self._timed_out = self._snapshots = self._reconnects = 0
         self.log = AuditLog(self.id, spec.alarms, self._stop)
 
@@ -150,11 +150,10 @@ class RockletSandbox(ABC):
         await self._bury()
         incarnation = await self._launch()
         try:
-            for address, outside in self._exposed.items():
-                self._listeners[address] = await self._listen(incarnation, address, outside)
-        except OSError as error:
+            await self._exposed.show_again(incarnation.rocklet)
+        except SandboxError as error:
             await shielded(incarnation.end())
-            raise SandboxError(f"sandbox {self.id}: cannot listen again at {address!r}: {error}") from error
+            raise SandboxError(f"sandbox {self.id}: {error}") from error
         except BaseException:
             await shielded(incarnation.end())
             raise
@@ -365,20 +364,12 @@ class RockletSandbox(ABC):
     @asynccontextmanager
     async def expose(self, outside: Path, inside: Address) -> AsyncIterator[None]:
         address = encode(inside)
-        if address in self._exposed:
-            raise ValueError(f"{inside!r} is exposed already")
-        incarnation = await self._running()
-        with self._failures_of(incarnation):
-            listener = await self._listen(incarnation, address, outside)
-        self._exposed[address], self._listeners[address] = outside, listener
+        self._exposed.check_free(address)
+        await self._ask(lambda rocklet: self._exposed.show(rocklet, address, outside))
         try:
             yield
         finally:
-            del self._exposed[address]
-            self._listeners.pop(address).reset()
-
-    async def _listen(self, incarnation: Incarnation, address: bytes, outside: Path) -> Stream:
-        return await incarnation.rocklet.listen(address, lambda stream: self._relays.connect_out(stream, outside))
+            self._exposed.hide(address)
 
     # -- snapshots
 

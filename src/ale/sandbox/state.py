@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import signal
@@ -22,6 +23,8 @@ import msgspec
 from ale.sandbox.cgroup import remove_groups
 from ale.sandbox.launcher import remove_tree
 from ale.sandbox.quota import unmount_below
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "ale-sandbox-"
 _LOCK, _CGROUPS = "lock", "cgroups"
@@ -123,12 +126,15 @@ def sweep(parent: Path) -> list[str]:
         if not owner_lives(path.name) and _is_ours(path):
             with _taken_over(path) as taken:
                 if taken:
-                    _end_processes(path.name)
-                    for group in _recorded_groups(path):
-                        remove_groups(group)
-                    unmount_below(path)
-                    remove_tree(path)
-                    removed.append(path.name)
+                    try:
+                        _end_processes(path.name)
+                        for group in _recorded_groups(path):
+                            remove_groups(group)
+                        unmount_below(path)
+                        remove_tree(path)
+                        removed.append(path.name)
+                    except OSError as error:  # it must not keep this engine, and every later one, from opening
+                        logger.warning("what the dead engine %s left cannot be removed now: %s", path, error)
     return removed
 
 

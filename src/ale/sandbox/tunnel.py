@@ -13,7 +13,7 @@ from ale.sandbox.port import Address
 from ale.sandbox.rocklet.wire import PIECE_BYTES
 from ale.sandbox.stream import Stream
 
-_CONNECT_S = 10.0
+_CONNECT_S, _END_S = 10.0, 10.0
 _BROKEN = (OSError, SandboxError, DeadlineExceeded, asyncio.IncompleteReadError)
 
 
@@ -44,7 +44,7 @@ class Relays:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=_END_S)
 
     def connect_out(self, stream: Stream, outside: Path) -> None:
         """Relays a connection that came from inside to a unix socket of the host, or resets it."""

@@ -61,8 +61,8 @@ class SandboxApi:
         return wire.Nothing()
 
     async def has_tree(self, call: Call) -> wire.Nothing:
-        self._house.tree(call.tenant, call.path["sha256"])
-        return wire.Nothing()
+        with self._house.tree(call.tenant, call.path["sha256"]):
+            return wire.Nothing()
 
     async def put_tree(self, call: Call) -> wire.Nothing:
         tenant, sha256 = call.tenant, call.path["sha256"]
@@ -120,8 +120,8 @@ class SandboxApi:
             return wire.Ran(completed=completed, seen=box.seen(since))
 
     async def run(self, call: Call) -> Completed:
-        spec = self._house.spec(call.tenant, call.body.spec)
-        return await self._house.engine.run(spec, call.body.command)
+        with self._house.spec(call.tenant, call.body.spec) as spec:
+            return await self._house.engine.run(spec, call.body.command)
 
     async def log(self, call: Call) -> wire.Log:
         with self._box(call) as box:
@@ -193,7 +193,7 @@ class SandboxApi:
     async def upload(self, call: Call) -> wire.Nothing:
         limit = call.tenant.limits.tree_bytes
         max_bytes = call.integer("max_bytes", limit, 1 << 62)
-        with self._box(call) as box:
+        with self._box(call) as box, call.tenant.transferring():
             async with self._scratch() as folder:
                 await _receive(call, folder / "tree", min(limit, max_bytes))
                 await box.sandbox.upload(folder / "tree", call.text("path"))
@@ -213,7 +213,7 @@ class SandboxApi:
 
     @asynccontextmanager
     async def _fetched(self, call: Call, path: str, max_bytes: int) -> AsyncIterator[tuple[Path, int]]:
-        with self._box(call) as box:
+        with self._box(call) as box, call.tenant.transferring():
             async with self._scratch() as folder:
                 yield folder / "tree", await box.sandbox.download(path, folder / "tree", max_bytes=max_bytes)
 

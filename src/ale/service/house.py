@@ -8,8 +8,8 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from ale.service.tenant import Box, Kept, KeptSnapshot, ServiceLimits, Tenant
 
 logger = logging.getLogger(__name__)
 
+_CLOSE_S = 300.0  # a workspace of millions of files takes its time to go
+
 
 class House:
     def __init__(
@@ -43,12 +45,16 @@ class House:
         for tenant in self.tenants.values():
             tenant.folder.mkdir(parents=True)
         self._made = asyncio.Event()
+        self._expiring: dict[Kept, asyncio.Task[None]] = {}
 
     # -- sandboxes
 
     async def start(self, tenant: Tenant, name: str, start: Start) -> SandboxInfo:
-        with tenant.reserving("sandbox", tenant.boxes, self.limits.sandboxes, name):
-            spec, idle_s = self.spec(tenant, start), self._idle_s(start.idle_s)
+        idle_s = self._idle_s(start.idle_s)
+        with (
+            tenant.reserving("sandbox", tenant.boxes, self.limits.sandboxes, name),
+            self.spec(tenant, start) as spec,
+        ):
             held = Held(self.engine.start(spec))
             try:
                 box = Box(name, await held.value(), spec.label, idle_s, held.close)
@@ -124,22 +130,28 @@ class House:
             raise Malformed(f"idle_s must be positive, got {asked}")
         return min(asked or self.limits.idle_s, self.limits.idle_s)
 
-    def spec(self, tenant: Tenant, start: Start) -> SandboxSpec:
-        """What the engine is asked for. No path of the host is ever taken from a request."""
+    @contextmanager
+    def spec(self, tenant: Tenant, start: Start) -> Iterator[SandboxSpec]:
+        """What the engine is asked for; what it stands on stays there while this is entered. No path of the host is
+        ever taken from a request."""
+        with ExitStack() as stack:
+            yield self._spec(tenant, start, stack)
+
+    def _spec(self, tenant: Tenant, start: Start, stack: ExitStack) -> SandboxSpec:
         if sum(map(bool, (start.template, start.snapshot, start.trees))) > 1:
             raise Malformed("template, snapshot and trees exclude one another")
-        base: tuple[str, ...] | Snapshot = tuple(self.tree(tenant, tree) for tree in start.trees)
+        base: tuple[str, ...] | Snapshot = tuple(stack.enter_context(self.tree(tenant, tree)) for tree in start.trees)
         workdir, env, limits, sessions = "/app", dict[str, str](), Limits(), dict[str, bytes]()
         if start.snapshot is not None:
             kept = tenant.snapshots.get(start.snapshot)
             if kept is None:
                 raise UnknownName(f"there is no snapshot {printable(start.snapshot)}: it was released")
-            with kept.using():
-                base, workdir = kept.snapshot, kept.snapshot.workdir
+            stack.enter_context(kept.using())
+            base, workdir = kept.snapshot, kept.snapshot.workdir
         elif start.template is not None:
             if self.hub is None:
                 raise UnknownName("this service has no hub, so there are no templates")
-            template = self.hub.template(start.template)
+            template = stack.enter_context(self.hub.using(start.template))
             base, workdir, env = tuple(map(str, template.layers)), template.workdir, dict(template.env)
             limits, sessions = template.limits, dict(template.sessions)
         return SandboxSpec(
@@ -148,19 +160,23 @@ class House:
             workdir=start.workdir or workdir,
             env=env | start.env,
             limits=start.limits or limits,
-            mounts=tuple(Mount(self.tree(tenant, mount.tree), mount.target) for mount in start.mounts),
+            mounts=tuple(
+                Mount(stack.enter_context(self.tree(tenant, mount.tree)), mount.target) for mount in start.mounts
+            ),
             network=start.network,
             alarms=start.alarms,
             sessions=sessions | start.sessions,
             label=start.label,
         )
 
-    def tree(self, tenant: Tenant, sha256: str) -> str:
+    @contextmanager
+    def tree(self, tenant: Tenant, sha256: str) -> Iterator[str]:
+        """Where a tree lies, in use meanwhile."""
         kept = tenant.trees.get(sha256)
         if kept is None:
             raise UnknownName(f"there is no tree {printable(sha256)}: upload it")
         with kept.using():
-            return str(kept.path)
+            yield str(kept.path)
 
     # -- time
 
@@ -170,27 +186,40 @@ class House:
             self._made.clear()
             now = time.monotonic()
             next_at = now + self.limits.idle_s
-            due = []
             for tenant in self.tenants.values():
                 for held, name, one in tenant.kept():
                     expires = one.expires
                     if expires is not None and expires <= now:
-                        due.append(self._expire(tenant, held, name))
+                        self._expire(tenant, held, name, one)
                     else:
                         next_at = min(next_at, expires if expires is not None else now + one.idle_s)
-            await asyncio.gather(*due)
             try:
                 async with asyncio.timeout(max(0.0, next_at - time.monotonic())):
                     await self._made.wait()
             except TimeoutError:
                 pass
 
-    async def _expire(self, tenant: Tenant, held: dict[str, Kept], name: str) -> None:
-        logger.info("%s of %s was idle for too long and is closed", name, tenant.name)
-        await tenant.discard_or_log(held, name)
+    def _expire(self, tenant: Tenant, held: dict[str, Kept], name: str, one: Kept) -> None:
+        """Begins to close it, unless that was begun. One that is stuck holds up no other."""
+        if one not in self._expiring:
+            logger.info("%s of %s was idle for too long and is closed", name, tenant.name)
+            self._expiring[one] = asyncio.ensure_future(tenant.discard_or_log(held, name))
+            self._expiring[one].add_done_callback(lambda _: self._expiring.pop(one, None))
 
     async def close(self) -> None:
-        await asyncio.gather(*(tenant.close() for tenant in self.tenants.values()))
+        """Ends all work and closes whatever is kept. What is stuck is named in the log and left to the engine."""
+        work = [asyncio.ensure_future(tenant.close()) for tenant in self.tenants.values()]
+        waited = [*work, *self._expiring.values()]
+        if not waited:
+            return
+        done, stuck = await asyncio.wait(waited, timeout=_CLOSE_S)
+        for task in stuck:
+            task.cancel()
+        for task in done:
+            task.result()
+        if stuck:
+            names = [name for tenant in self.tenants.values() for _, name, _ in tenant.kept()]
+            logger.error("not closed within %g s: %s", _CLOSE_S, ", ".join(names) or "requests")
 
 
 @asynccontextmanager

@@ -38,6 +38,7 @@ from ale.sandbox.wire import (
     problem,
 )
 from ale.service.ledger import Answer
+from ale.service.room import Taken
 from ale.service.tenant import Tenant
 
 logger = logging.getLogger(__name__)
@@ -145,14 +146,17 @@ class Service:
     def _endpoint(self, operation: Operation) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             unread = not {"content-length", "transfer-encoding"}.isdisjoint(request.headers)
+            room: Taken | None = None
             try:
                 tenant = self._tenant(request)
                 streamed = operation.body in (None, Tree)
+                announced = 0 if streamed else _announced(request, tenant.limits.body_bytes)
+                room = await tenant.bodies.take(announced, _BODY_S)
                 raw = b"" if streamed else await _body(request, tenant.limits.body_bytes)
                 unread &= streamed
                 call = Call(tenant, request, None if streamed else _decode(operation.body, raw))
                 if operation.once:
-                    return await self._once(operation, call, request, raw)
+                    return await self._once(operation, call, request, raw, room)
                 answer = await operation.do(call)
             except ClientDisconnect:
                 return Response(status_code=400)  # nobody reads it
@@ -162,11 +166,15 @@ class Service:
                     response.headers["connection"] = "close"
                     await drain(request)
                 return response
+            finally:
+                if room is not None and not room.lent:
+                    room.release()
             return answer if isinstance(answer, Response) else _json(200, _encode(answer))
 
         return endpoint
 
-    async def _once(self, operation: Operation, call: Call, request: Request, raw: bytes) -> Response:
+    async def _once(self, operation: Operation, call: Call, request: Request, raw: bytes, room: Taken) -> Response:
+        """`room`: what the body takes, until the work is over."""
         key = request.headers.get(KEY_HEADER) or secrets.token_hex(16)
         if not KEY.fullmatch(key):
             raise Malformed(f"header {KEY_HEADER}: it must match {KEY.pattern}")
@@ -181,7 +189,9 @@ class Service:
                 return _answer(error, f"{operation.method} {operation.path}")
 
         wait_s = call.number("wait_s", _WAIT_S, 0.0, MAX_WAIT_S)
-        call.tenant.ledger.begin(key, fingerprint, work)
+        begun = call.tenant.ledger.begin(key, fingerprint, work)
+        if begun is not None:
+            room.lend(begun)
         return answered(key, await call.tenant.ledger.answer(key, wait_s))
 
     async def _openapi(self, request: Request) -> Response:
@@ -248,11 +258,18 @@ async def drain(request: Request) -> None:
         return
 
 
+def _announced(request: Request, limit: int) -> int:
+    """The size of a body as its head says it, or the most that it may have. Raises TooLarge."""
+    length = request.headers.get("content-length", "")
+    if not length.isdigit():
+        return limit if "transfer-encoding" in request.headers else 0
+    if int(length) > limit:
+        raise TooLarge(f"the body is larger than {limit} bytes")
+    return int(length)
+
+
 async def _body(request: Request, limit: int) -> bytes:
     too_large = TooLarge(f"the body is larger than {limit} bytes")
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > limit:
-        raise too_large
     parts, size = [], 0
     try:
         async with asyncio.timeout(_BODY_S):

@@ -7,10 +7,13 @@ key gets the one answer. A key that was cancelled before its request arrived sta
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 from ale.sandbox.wire import Conflict, TooMany, UnknownName
+
+logger = logging.getLogger(__name__)
 
 MAX_ANSWERS = 1024
 MAX_ANSWER_BYTES = 64 << 20
@@ -39,13 +42,13 @@ class Ledger:
         self._spent: OrderedDict[str, str] = OrderedDict()  # key -> why there is no answer
         self._closed = False
 
-    def begin(self, key: str, fingerprint: bytes, work: Work) -> None:
+    def begin(self, key: str, fingerprint: bytes, work: Work) -> asyncio.Task[Answer] | None:
         """Starts `work` unless it was started under this key before. Raises Conflict when the key has another use, or
-        was cancelled, or its answer was given up."""
+        was cancelled, or its answer was given up. What it returns is the ledger's; None: there was nothing to start."""
         if (asked := self._asked.get(key)) is not None:
             if asked.fingerprint != fingerprint:
                 raise Conflict(f"the key {key} was used for another request")
-            return
+            return None
         self._refuse_spent(key)
         if self._closed:
             raise Conflict("the service is closing")
@@ -54,6 +57,7 @@ class Ledger:
         task = asyncio.ensure_future(work())
         self._asked[key] = _Asked(fingerprint, task)
         task.add_done_callback(lambda done: self._note(key, done))
+        return task
 
     async def answer(self, key: str, wait_s: float) -> Answer | None:
         """What came of the request; None: it is not done yet."""
@@ -82,13 +86,16 @@ class Ledger:
         return running
 
     async def close(self) -> None:
-        """Ends all work."""
+        """Ends all work; what does not end in time is named in the log."""
         self._closed = True
-        tasks = [asked.task for asked in self._asked.values()]
+        tasks = {asked.task: key for key, asked in self._asked.items()}
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks)
+            _, stuck = await asyncio.wait(tasks, timeout=_CANCEL_S)
+            if stuck:
+                keys = ", ".join(sorted(tasks[task] for task in stuck))
+                logger.error("requests that were cancelled did not end within %g s: %s", _CANCEL_S, keys)
         self._asked.clear()
 
     def _note(self, key: str, task: asyncio.Task[Answer]) -> None:

@@ -32,6 +32,7 @@ from ale.sandbox.wire import (
     printable,
 )
 from ale.service.ledger import Ledger
+from ale.service.room import Room
 
 T = TypeVar("T", bound="Kept")
 
@@ -55,6 +56,10 @@ class ServiceLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Uploaded trees together; also the largest upload into a sandbox and the largest download from one."""
     body_bytes: int = 32 << 20
     """A request that is not a tree. It bounds `stdin` and files that are written in one piece."""
+    bodies_bytes: int = 256 << 20
+    """The bodies of the requests that run, together. One for which there is no room waits, a minute at most."""
+    transfers: int = 16
+    """Trees on their way into sandboxes and out of them; each takes as much scratch on disk as it has."""
     idle_s: float = 1800.0
     """What nothing was asked of for so long is closed."""
 
@@ -181,6 +186,8 @@ class Tenant:
         self.environments: dict[str, Kept] = {}
         self._reserved: set[tuple[str, str]] = set()
         self._tree_bytes_promised = 0
+        self.bodies = Room(limits.bodies_bytes)
+        self._transfers = 0
 
     @contextmanager
     def reserving(self, kind: str, held: dict[str, T], limit: int, *names: str) -> Iterator[None]:
@@ -211,6 +218,16 @@ class Tenant:
             yield
         finally:
             self._tree_bytes_promised -= size
+
+    @contextmanager
+    def transferring(self) -> Iterator[None]:
+        if self._transfers >= self.limits.transfers:
+            raise TooMany(f"this token has {self._transfers} transfers of trees under way: wait for some")
+        self._transfers += 1
+        try:
+            yield
+        finally:
+            self._transfers -= 1
 
     @contextmanager
     def box(self, name: str) -> Iterator[Box]:

@@ -170,20 +170,28 @@ def _processes() -> Iterator[tuple[int, Path]]:
 
 
 @contextmanager
-def own_dockerd() -> Iterator[Dockerd]:
-    """Starts a daemon whose data, socket and helpers stand in a directory, and removes it all. Raises Unavailable."""
+def own_dockerd(*, data_bytes: int | None = None) -> Iterator[Dockerd]:
+    """Starts a daemon whose data, socket and helpers stand in a directory, and removes it all. Raises Unavailable.
+
+    `data_bytes`: its data lie on a file system of their own of this size, in memory; None: where the directory is.
+    """
     if os.geteuid() != 0:
         raise Unavailable("a Docker engine of one's own needs root")
     folder = Path(tempfile.mkdtemp(prefix="ale-dockerd-"))  # short: containerd's socket lies deep in it
     try:
+        if data_bytes is not None:
+            (folder / "data").mkdir()
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={data_bytes}", "ale-dockerd", str(folder / "data")]
+            if subprocess.run(mount, check=False, capture_output=True, timeout=_STOP_S).returncode != 0:
+                raise Unavailable("this user may not mount a file system of a given size")
         dockerd = Dockerd(folder, binaries(folder / "packages"))
         try:
             dockerd.start()
             yield dockerd
         finally:
             dockerd.stop()
-            _unmount_below(folder)
     finally:
+        _unmount_below(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 

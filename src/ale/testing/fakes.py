@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import cast
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Protocol, cast
 
 import msgspec
 
@@ -56,8 +57,21 @@ class FakePolicy:
         self.version = version
 
 
+class Places(Protocol):
+    """What the environment manager tells of its episodes: `ale.actors.episodes.Episodes`."""
+
+    def place(self, rollout: str) -> AbstractAsyncContextManager[None]: ...
+
+    def asked(self, rollout: str, version: int) -> None: ...
+
+    def heard(self, rollout: str, tokens: int, oldest: int) -> None: ...
+
+
 class ScriptedEnvs(Actor):
-    """The actor "envs": each `Rollout` goes as `script` says. `received` holds all of them in order."""
+    """The actor "envs": each `Rollout` goes as `script` says. `received` holds all of them in order, `cancelled` those
+    whose caller did not wait for their end."""
+
+    cancel_abandoned = True
 
     def __init__(
         self,
@@ -66,35 +80,53 @@ class ScriptedEnvs(Actor):
         *,
         concurrency: int = 1024,
         watch: Callable[[], None] = lambda: None,
+        episodes: Places | None = None,
     ) -> None:
         """`watch` is called whenever a rollout begins or ends."""
         super().__init__("envs", capacity=4 * concurrency, concurrency=concurrency)
         self._script = script
         self._policy = policy
         self._watch = watch
+        self._episodes = episodes
         self.received: list[Rollout] = []
+        self.cancelled: list[str] = []
         self.running = 0
 
     async def receive(self, message: Message) -> Trajectory | None:
         match message:
             case Rollout():
-                self.received.append(message)
-                self.running += 1
-                try:
-                    self._watch()
-                    return await self._play(message, self._script(message))
-                finally:
-                    self.running -= 1
-                    self._watch()
+                async with self._episodes.place(message.id) if self._episodes else nullcontext():
+                    return await self._episode(message)
             case _:
                 await super().receive(message)
         return None
 
+    async def _episode(self, rollout: Rollout) -> Trajectory:
+        self.received.append(rollout)
+        self.running += 1
+        try:
+            self._watch()
+            return await self._play(rollout, self._script(rollout))
+        except asyncio.CancelledError:
+            self.cancelled.append(rollout.id)
+            raise
+        finally:
+            self.running -= 1
+            self._watch()
+
     async def _play(self, rollout: Rollout, play: Play) -> Trajectory:
-        started, versions = self._policy.version, []
-        for _ in range(play.tokens):
-            versions.append(self._policy.version)
-            await asyncio.sleep(play.latency_s / play.tokens)
+        clock, started, versions = asyncio.get_running_loop(), self._policy.version, list[int]()
+        began, status, reward = clock.time(), play.status, play.reward
+        try:
+            async with asyncio.timeout(rollout.straggler_s):
+                for _ in range(play.tokens):
+                    versions.append(self._policy.version)
+                    if self._episodes is not None:
+                        self._episodes.asked(rollout.id, self._policy.version)
+                        self._episodes.heard(rollout.id, 1, self._policy.version)
+                    await asyncio.sleep(play.latency_s / play.tokens)
+        except TimeoutError:
+            status, reward = "straggler", None
         if play.error is not None:
             raise play.error
         return Trajectory(
@@ -103,15 +135,16 @@ class ScriptedEnvs(Actor):
             task=rollout.task.id,
             family=rollout.task.family,
             level=rollout.task.level,
-            tokens_T=Array.of([1, *range(2, play.tokens + 2)], "int32"),
-            chunks=(Chunk(1, play.tokens + 1, "answer"),),
-            logp_A=Array.of([play.logp] * play.tokens, "float32"),
-            logp_sampled_A=Array.of([play.logp] * play.tokens, "float32"),
+            tokens_T=Array.of([1, *range(2, len(versions) + 2)], "int32"),
+            chunks=(Chunk(1, len(versions) + 1, "answer"),),
+            logp_A=Array.of([play.logp] * len(versions), "float32"),
+            logp_sampled_A=Array.of([play.logp] * len(versions), "float32"),
             version_A=Array.of(versions, "int32"),
-            reward=play.reward,
-            status=play.status,
-            cause=None if play.status == "scored" else f"scripted {play.status}",
+            reward=reward,
+            status=status,
+            cause=None if status == "scored" else f"scripted {status}",
             started_version=started,
+            duration_s=clock.time() - began,
         )
 
 

@@ -10,6 +10,7 @@ import asyncio
 import socket
 import tempfile
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from aiodocker.containers import DockerContainer
@@ -103,7 +104,7 @@ class DockerSandbox(RockletSandbox):
         listener.listen()
         self._proxy = EgressProxy(self.spec.network, self.log.request, self.log.asker)
         await self._proxy.start(listener)
-        self._exposed[encode(PROXY_PORT)] = path
+        self._exposed.add(encode(PROXY_PORT), path)
 
     async def _fill(self, sources: tuple[str, ...]) -> None:
         """Copies the base to the workdir, which is made."""
@@ -143,16 +144,15 @@ class DockerSandbox(RockletSandbox):
         return DockerSnapshot(self._engine.images, image, self.spec.workdir, sessions)
 
     async def _discard(self) -> None:
-        try:
-            if self._proxy is not None:
-                await self._proxy.close()
-            await self._engine.remove(self.name)
-        finally:
-            if self._box.exists():
-                await asyncio.to_thread(remove_tree, self._box)
+        async with AsyncExitStack() as stack:  # whatever one of them says
             image, self._image = self._image, None
             if image is not None:
-                await self._engine.images.let_go(image)
+                stack.push_async_callback(self._engine.images.let_go, image)
+            if self._box.exists():
+                stack.push_async_callback(asyncio.to_thread, remove_tree, self._box)
+            stack.push_async_callback(self._engine.remove, self.name)
+            if self._proxy is not None:
+                stack.push_async_callback(self._proxy.close)
 
     async def lock_network(self) -> None:
         self.spec = structs.replace(self.spec, network=NO_NETWORK)  # of forks too

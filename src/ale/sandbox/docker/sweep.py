@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ale.errors import SandboxError
 from ale.sandbox.docker.daemon import Daemon, Refused, absent
 from ale.sandbox.state import PREFIX, owner_lives, start_time
+
+logger = logging.getLogger(__name__)
 
 ENGINE, WHERE, RUN = "ale.engine", "ale.where", "ale.run"
 _NOT_FOUND, _CONFLICT = 404, 409
@@ -57,16 +61,45 @@ async def sweep(daemon: Daemon) -> list[str]:
     for found in [*await _containers(daemon, WHERE, here()), *await _images(daemon, WHERE, here())]:
         owners.add((found["Labels"] or {}).get(ENGINE, ""))
     owners.update((found["Labels"] or {}).get(ENGINE, "") for found in await _volumes(daemon, WHERE, here()))
-    dead = sorted(filter(_is_dead, owners))
-    for name in dead:
-        await remove_all(daemon, name)
-    return dead
+    removed = []
+    for name in sorted(filter(_is_dead, owners)):
+        try:
+            await remove_all(daemon, name)
+            removed.append(name)
+        except SandboxError as error:  # it must not keep this engine, and every later one, from opening
+            logger.warning("what the dead engine %s left with Docker cannot be removed now: %s", name, error)
+    return removed
 
 
 async def remove_all(daemon: Daemon, engine: str) -> None:
-    """Removes every container, image and volume of an engine, in that order: each holds the next."""
+    """Removes every container, image and volume of an engine, in that order: each holds the next.
+
+    Raises SandboxError for the first that cannot be removed, after it has tried the others.
+    """
+    failed: list[SandboxError] = []
     for found in await _containers(daemon, ENGINE, engine):
-        await daemon.remove(daemon.container(found["Id"]))
+        with _noting(failed):
+            await daemon.remove(daemon.container(found["Id"]))
+    with _noting(failed):
+        await _remove_images(daemon, engine)
+    for found in await _volumes(daemon, ENGINE, engine):
+        with _noting(failed), absent(_NOT_FOUND):
+            async with daemon.calling("remove a volume"):
+                volume = await daemon.docker.volumes.get(found["Name"])
+                await volume.delete()
+    if failed:
+        raise failed[0]
+
+
+@contextmanager
+def _noting(failed: list[SandboxError]) -> Iterator[None]:
+    try:
+        yield
+    except SandboxError as error:
+        failed.append(error)
+
+
+async def _remove_images(daemon: Daemon, engine: str) -> None:
     images = [found["Id"] for found in await _images(daemon, ENGINE, engine)]
     while images:
         # One on which another stands is refused until that has gone.
@@ -74,11 +107,6 @@ async def remove_all(daemon: Daemon, engine: str) -> None:
         if len(left) == len(images):
             break
         images = left
-    for found in await _volumes(daemon, ENGINE, engine):
-        with absent(_NOT_FOUND):
-            async with daemon.calling("remove a volume"):
-                volume = await daemon.docker.volumes.get(found["Name"])
-                await volume.delete()
 
 
 async def remove_image(daemon: Daemon, image: str) -> bool:

@@ -220,6 +220,8 @@ class Commands:
         failure = CannotStart(127, argv[0] + b": command not found")
         try:
             for program in candidates(argv[0], env):
+                if not may_be_there(program):
+                    continue  # else a process would start just to find that out
                 try:
                     pid = posix.posix_spawn(
                         program, argv, env, file_actions=actions, setsid=True, setsigdef=(SIGPIPE, SIGXFSZ, SIGINT)
@@ -371,6 +373,14 @@ def candidates(name: bytes, env: dict[bytes, bytes]) -> list[bytes]:
     if b"/" in name:
         return [name]
     return [folder + b"/" + name for folder in env.get(b"PATH", b"").split(b":") if folder]
+
+
+def may_be_there(program: bytes) -> bool:
+    try:
+        posix.stat(program)
+    except OSError as error:
+        return error.errno != ENOENT
+    return True
 
 
 def open_session(state: bytes) -> int:

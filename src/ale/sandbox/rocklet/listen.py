@@ -6,13 +6,13 @@ connections are taken; commands are another's, so none of them can pass for the 
 connection after which everything here ends.
 """
 
+import _ctypes
 import posix
 import sys
 from _socket import AF_UNIX, SO_PEERCRED, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socket
-from array import array
 
 from .agent import Rocklet, read_limits, take_low_descriptors
-from .system import c_call
+from .system import Byte, c_call
 
 # Abstract: of the network namespace, which is the sandbox's own.
 ADDRESS = b"\0rocklet"
@@ -25,9 +25,9 @@ _BACKLOG = 16
 def install(path: str) -> None:
     """Puts a filter above those in force, for this process and all that come of it."""
     with open(path, "rb") as file:
-        instructions = array("B", file.read())
-    address, size = instructions.buffer_info()
-    sock_fprog = (size // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
+        program = file.read()
+    instructions = (Byte * len(program)).from_buffer_copy(program)
+    sock_fprog = (len(program) // 8).to_bytes(8, "little") + _ctypes.addressof(instructions).to_bytes(8, "little")
     if c_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError("prctl(PR_SET_NO_NEW_PRIVS) failed")
     if c_call("syscall", _SECCOMP[posix.uname().machine], _SECCOMP_SET_MODE_FILTER, 0, sock_fprog) != 0:

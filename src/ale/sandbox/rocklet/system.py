@@ -12,6 +12,12 @@ _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _SCM_ROOM = 64  # bytes of ancillary data: one descriptor and its header
 
 
+class Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    """Data with an address. Not `array`: that imports `collections`, half a megabyte in every sandbox."""
+
+    _type_ = "B"
+
+
 def c_call(function: str, *arguments: int | bytes) -> int:
     """Calls the C library without the `ctypes` package, which takes longer to import than Python to start."""
     address = _ctypes.dlsym(_ctypes.dlopen(None, 0), function)  # type: ignore[arg-type]  # None: this program
