@@ -21,9 +21,9 @@ LAYERS = (
     {"pipeline", "run", "warm_start", "simulation"},
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub"},
-    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox"}
+    {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "waiting", "unnamed"}
     | {"process", "serving", "testing", "virtual_clock"},
-    {"messages", "task", "config", "progress", "errors", "wire", "audit"},
+    {"messages", "task", "config", "progress", "errors", "wire", "audit", "vitals", "heart"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.
 KERNELS, CALLERS = "kernels", {"learner", "policy", "algorithm", "models", "kernels"}

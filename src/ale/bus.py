@@ -25,10 +25,11 @@ from typing import Any
 
 import msgspec
 
-from ale.errors import ActorError, DeadlineExceeded
+from ale.errors import ActorError
 from ale.inbox import ActorStatistics, Inbox
-from ale.mailbox import Ask, Envelope, Mailbox, Wait, Waiter
+from ale.mailbox import OWNER, Ask, Envelope, Mailbox, Wait
 from ale.topic import M, Overflow, Publisher, Subscription, Topic
+from ale.waiting import register, waiting
 from ale.wire import Message, Reply, Request, round_trip
 
 SWEEP_S = 0.01
@@ -72,7 +73,7 @@ class Bus:
         """When the event loop's current turn began, if a message was told in it; else 0."""
         self._inboxes = Addresses()
         self._topics: dict[type[Message], Topic] = {}
-        self._named: set[Waiter] = set()
+        self._register = register()
         self._sweep_at = inf
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -122,7 +123,7 @@ class Bus:
         if deadline < self._sweep_at:
             self.watch(deadline)
         reply: asyncio.Future[Any] = self._loop.create_future()
-        envelope = Ask(message, since, reply, deadline, asyncio.current_task())
+        envelope = Ask(message, since, reply, deadline, asyncio.current_task(), OWNER.get())
         if not inbox.offer(envelope):
             await inbox.reserve(since, deadline)
             inbox.put(envelope)
@@ -163,32 +164,36 @@ class Bus:
             {topic.name: topic.published for topic in self._topics.values()},
         )
 
-    def waits(self) -> list[Wait]:
-        """Who waits for what and since when, longest first."""
+    def waits(self, *, everything: bool = False) -> list[Wait]:
+        """Who waits for what and since when, longest first; what is named with `ale.waiting` included.
+
+        `everything`: the idle waits of tasks that are only there to be woken too, and where the tasks stand in their
+        code that wait for something without saying so.
+        """
         now = self._now()
-        found = [waiter.seen(now) for waiter in self._named]
+        found = [waiter.seen(now) for waiter in self._register.named if everything or not waiter.idle]
         for mailbox in self._mailboxes():
             found.extend(mailbox.waits(now))
+        if everything:
+            known = {waiter.task for waiter in self._register.named}
+            for inbox in self._inboxes.values():
+                known.update(inbox.senders())
+            for mailbox in self._mailboxes():
+                known.update(mailbox.waiting())
+            found.extend(self._register.unnamed.look({task for task in known if task is not None}, now))
         return sorted(found, key=lambda wait: -wait.waited_s)
 
     @asynccontextmanager
-    async def waiting(self, what: str, *, deadline_s: float = inf) -> AsyncIterator[None]:
+    async def waiting(
+        self, what: str, *, on: str | None = None, release: str = "", deadline_s: float = inf
+    ) -> AsyncIterator[None]:
         """Names a wait for something that is not on the bus (a process, a semaphore) and bounds it.
 
-        `async with bus.waiting("a free sandbox", deadline_s=30): await pool.acquire()` raises `DeadlineExceeded`.
+        `async with bus.waiting("a free sandbox", deadline_s=30): await pool.acquire()` raises `DeadlineExceeded`. `on`
+        and `release` are those of `Wait`.
         """
-        since = self._now()
-        waiter = Waiter(self._loop.create_future(), what, since, since + deadline_s, asyncio.current_task())
-        self._named.add(waiter)
-        try:
-            async with asyncio.timeout(None if deadline_s == inf else deadline_s) as scope:
-                yield
-        except TimeoutError as error:
-            if not scope.expired():
-                raise
-            raise DeadlineExceeded(waiter.sentence(), deadline_s) from error
-        finally:
-            self._named.discard(waiter)
+        async with waiting(what, on=on, release=release, deadline_s=deadline_s):
+            yield
 
     # For supervisors
 

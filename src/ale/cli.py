@@ -14,7 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,6 +26,7 @@ from ale.commands.hub import app as hub_commands
 from ale.commands.loop import run_to_end
 from ale.commands.sandbox import app as sandbox_commands
 from ale.commands.simulate import simulate
+from ale.commands.why import why
 from ale.errors import AleError, Interrupted, TaskFormatError, UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ tasks = typer.Typer(help="Make, list and check tasks.", no_args_is_help=True)
 app.add_typer(tasks, name="tasks")
 models = typer.Typer(help="Make local models.", no_args_is_help=True)
 app.add_typer(models, name="models")
+app.command()(why)
 app.command()(agent)
 app.command()(simulate)
 app.add_typer(sessions, name="sessions")
@@ -115,10 +117,17 @@ def train(
 
         async def interruptible() -> Summary:
             with _stop_on_signals(view, folder) as stop:
-                summary: Summary = await pipeline.train(run, report=view, overwrite=overwrite, resume=resume, stop=stop)
+                summary: Summary = await pipeline.train(
+                    run, report=view, overwrite=overwrite, resume=resume, stop=stop, stuck=_end_stuck
+                )
                 return summary
 
-        summary = run_to_end(interruptible())
+        try:
+            summary = run_to_end(interruptible())
+        except AleError as error:
+            if not isinstance(error, UserError | Interrupted):
+                _tell_how_to_go_on(folder)
+            raise
     if summary == earlier:
         print("This run had ended before; nothing was left to do. --set learner.updates=N asks for more updates.")
     print(f"held-out tasks, before:  {describe(summary.heldout_before)}")
@@ -382,6 +391,22 @@ def _stop_on_signals(view: ProgressView, folder: Path) -> Iterator[Stop]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+def _tell_how_to_go_on(folder: Path) -> None:
+    """What the run waited for when it failed, and that it can be resumed."""
+    from ale.data import moment
+    from ale.data.cause import report
+
+    with suppress(UserError):  # it failed before its first moment
+        print(report(moment.read(folder)), file=sys.stderr)
+    _complain(f"Nothing that had finished is lost. ale why {folder} tells this; ale train {folder} --resume goes on.")
+
+
+def _end_stuck(said: str) -> None:
+    """For a run whose event loop cannot be told anything any more. Its folder can be resumed, as after a kill."""
+    print(f"ale: {said}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _complain(message: str) -> None:

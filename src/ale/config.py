@@ -25,6 +25,9 @@ Selection = Literal["all", "unsolved", "moderate"]
 ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo"]
 
 
+_SILENCES = 3
+
+
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
@@ -220,6 +223,28 @@ class SandboxConfig(_Section, frozen=True):
     """What an alarm does, by rule (docs/sandbox.md); a rule that is not named keeps its default."""
 
 
+class WatchdogConfig(_Section, frozen=True):
+    """What a run does about itself when it stands still, or one of its processes dies (docs/why.md)."""
+
+    silence_s: float | None = None
+    """A run in which nothing was finished for so long (no rollout scored, no update made) ends with an error that says
+    why; it can be resumed. Never sooner than the longest that one episode or one request to the learner may take; None:
+    three times as long as that. 0: it is not ended."""
+    heartbeat_s: float = 60.0
+    """An engine's process that sends no heart-beat, or is at one step, for so long is killed. 0: never."""
+    restarts: int = 3
+    """How often within an hour an engine that died is started again in its place."""
+
+
+class MetricsConfig(_Section, frozen=True):
+    """Where numbers go beside metrics.jsonl and TensorBoard (docs/observability.md)."""
+
+    prometheus_port: int = 0
+    """A page for Prometheus on this port of 127.0.0.1, while the run goes on; 0: none."""
+    timeline_mb: int = 64
+    """The most that `timeline.json` may take; 0: none is written."""
+
+
 class RunConfig(_Section, frozen=True):
     """Everything that decides a run. `name` is its folder under `runs_dir`."""
 
@@ -235,6 +260,8 @@ class RunConfig(_Section, frozen=True):
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -280,6 +307,11 @@ class RunConfig(_Section, frozen=True):
             (self.warm_start.weight_decay, "warm_start.weight_decay"),
             (self.warm_start.eval_every, "warm_start.eval_every"),
             (self.warm_start.learning_rate, "warm_start.learning_rate"),
+            (self.watchdog.silence_s or 0.0, "watchdog.silence_s"),
+            (self.watchdog.heartbeat_s, "watchdog.heartbeat_s"),
+            (self.watchdog.restarts, "watchdog.restarts"),
+            (self.metrics.timeline_mb, "metrics.timeline_mb"),
+            (self.metrics.prometheus_port, "metrics.prometheus_port"),
         ):
             if not value >= 0:  # TOML knows nan
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -311,6 +343,14 @@ class RunConfig(_Section, frozen=True):
                 f'"{self.algorithm.baseline}" compares the members of a group: use at least 2, or '
                 'baseline = "signed" or "none"'
             )
+
+    @property
+    def silence_s(self) -> float:
+        """After how much silence the watchdog ends the run; 0: never."""
+        longest, given = max(self.agent.episode_timeout_s, self.learner.step_deadline_s), self.watchdog.silence_s
+        if given is None:
+            return _SILENCES * longest
+        return max(given, longest) if given else 0.0
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

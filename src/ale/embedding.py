@@ -25,6 +25,7 @@ from ale.messages import Trajectory
 from ale.models.path import check_model_path
 from ale.progress import Progress, Summary
 from ale.task import Task
+from ale.waiting import held_up
 
 if TYPE_CHECKING:
     from ale.actors.trainer import Update
@@ -90,7 +91,8 @@ class Training:
         self._asked.clear()
         self._update = update
         self._changed.set()
-        await self._asked.wait()
+        with held_up("whoever embeds the run", release="their asking for the next update, or leaving the run"):
+            await self._asked.wait()
 
 
 @asynccontextmanager

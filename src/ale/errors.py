@@ -9,6 +9,7 @@
     │   ├── SandboxUnavailable   this machine cannot isolate processes the way the configuration asks
     │   └── HubError             the hub has no such name, or cannot take in what it was given
     ├── Interrupted          the run ended because it was asked to; its folder can be resumed
+    ├── Stalled              nothing was finished for too long; the message says why
     ├── DeadlineExceeded     a wait ran into its deadline; the message names the wait
     ├── ActorError           an actor crashed, or was asked after its end
     │   ├── ActorStopped         nobody will answer: the actor has ended
@@ -77,6 +78,14 @@ class DeadlineExceeded(AleError):
         super().__init__(f"{wait}: no answer within {deadline_s:g} s")
         self.wait = wait
         self.deadline_s = deadline_s
+
+
+class Stalled(AleError):
+    """The watchdog has ended a run that stood still. `report` is what `ale why` says of it."""
+
+    def __init__(self, said: str, report: str) -> None:
+        super().__init__(said)
+        self.report = report
 
 
 class ActorError(AleError):

@@ -5,8 +5,9 @@ At any time told + asked = handled + answered + failed + abandoned + dropped (by
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -18,6 +19,8 @@ class Hand(Protocol):
     """Whoever handles messages one at a time and shows the one that it has."""
 
     current: Envelope | None
+    name: str
+    """Of its task."""
 
 
 class ActorStatistics(msgspec.Struct, frozen=True):
@@ -50,7 +53,7 @@ class ActorStatistics(msgspec.Struct, frozen=True):
 class Inbox(Mailbox):
     def __init__(self, name: str, capacity: int) -> None:
         self.owner = f"actor {name!r}"
-        super().__init__(f"the inbox of {self.owner}", capacity)
+        super().__init__(f"the inbox of {self.owner}", capacity, f"actor {name}")
         self.cause: BaseException | None = None
         """What the actor crashed with, once that has ended it."""
         self.state = "starting"
@@ -89,13 +92,13 @@ class Inbox(Mailbox):
 
     def waits(self, now: float) -> Iterator[Wait]:
         yield from super().waits(now)
-        for ask, where in self._asks():
+        for ask, where, on in self._asks():
             waited_s, deadline_s = now - ask.since, allowed(ask.since, ask.deadline)
-            yield Wait(name_of(ask.sender), self._what(ask, where), waited_s, deadline_s)
+            yield Wait(name_of(ask.sender), self._what(ask, where), waited_s, deadline_s, on, ask.of)
 
     def expire(self, now: float) -> float:
         earliest = super().expire(now)
-        for ask, where in self._asks():
+        for ask, where, _ in self._asks():
             if ask.deadline <= now:
                 wait = f"{name_of(ask.sender)} waits for {self._what(ask, where)}"
                 ask.reply.set_exception(DeadlineExceeded(wait, ask.deadline - ask.since))
@@ -122,14 +125,18 @@ class Inbox(Mailbox):
             restarts=self.restarts,
         )
 
-    def _asks(self) -> Iterator[tuple[Ask, str]]:
-        """Every ask that still has a caller, and where it is."""
+    def senders(self) -> Iterator[asyncio.Task[Any]]:
+        """The tasks that wait for an answer."""
+        return (ask.sender for ask, _, _ in self._asks() if ask.sender is not None)
+
+    def _asks(self) -> Iterator[tuple[Ask, str, str | None]]:
+        """Every ask that still has a caller, where it is, and who could answer it."""
         for hand in self.hands:
             if isinstance(hand.current, Ask) and not hand.current.reply.done():
-                yield hand.current, "in hand"
+                yield hand.current, "in hand", f"task {hand.name}"
         for envelope in self.items:
             if isinstance(envelope, Ask) and not envelope.reply.done():
-                yield envelope, "in its inbox"
+                yield envelope, "in its inbox", self.reader
 
     def _what(self, ask: Ask, where: str) -> str:
         return f"the answer of {self.owner} to {type(ask.message).__name__} ({where})"

@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,7 +22,9 @@ import msgspec
 from ale.actor import Actor
 from ale.bus import Bus
 from ale.errors import ActorError, ActorStopped, RestartBudgetSpent
+from ale.mailbox import OWNER
 from ale.topic import M, Overflow, Publisher, Subscription
+from ale.waiting import named
 from ale.wire import Message
 from ale.worker import Worker
 
@@ -79,7 +82,7 @@ class Life:
         self.ended = asyncio.Event()
         """Set when every task of the actor has ended and nobody waits for it any more."""
         actor.host = self
-        self._task = self._loop.create_task(self._live(), name=f"{actor.name}/life")
+        self._task = self._loop.create_task(self._live(), name=f"{actor.name}/life", context=self._owned())
         # A callback, because a task that is cancelled before its first step runs no `finally`.
         self._task.add_done_callback(self._end)
 
@@ -141,7 +144,8 @@ class Life:
                 await self.actor.started()
             try:
                 self._serve()
-                await self._over.wait()
+                with named(f"the work of {owner}", idle=True):
+                    await self._over.wait()
             finally:
                 self._inbox.state = "ending"
                 await self._end_children()
@@ -158,8 +162,8 @@ class Life:
         self._inbox.state = "serving"
         actor = self.actor
         for number in range(actor.concurrency):
-            worker = Worker(actor, self._inbox)
             name = actor.name if actor.concurrency == 1 else f"{actor.name}/{number}"
+            worker = Worker(actor, self._inbox, name)
             self._workers[self._own(worker.serve(), name)] = worker
         self._hands = list(self._workers.values())
         self._inbox.hands = self._hands
@@ -229,10 +233,15 @@ class Life:
     # Tasks
 
     def _own(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        task = self._loop.create_task(work, name=name)
+        task = self._loop.create_task(work, name=name, context=self._owned())
         self._children.add(task)
         task.add_done_callback(self._child_ended)
         return task
+
+    def _owned(self) -> Context:
+        context = copy_context()
+        context.run(OWNER.set, self.actor.name)
+        return context
 
     def _child_ended(self, task: asyncio.Task[Any]) -> None:
         self._children.discard(task)

@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from contextvars import ContextVar
 from math import inf
 from typing import Any
 
@@ -18,6 +19,9 @@ import msgspec
 
 from ale.errors import ActorStopped, DeadlineExceeded
 from ale.wire import Message
+
+OWNER: ContextVar[str | None] = ContextVar("the actor whose task this is", default=None)
+"""Tasks inherit it: what an actor's children wait for is known as the actor's wait."""
 
 
 class Envelope(msgspec.Struct, eq=False, gc=False):
@@ -36,9 +40,10 @@ class Ask(Envelope, eq=False, gc=True):
     reply: asyncio.Future[Any]
     deadline: float
     sender: asyncio.Task[Any] | None
+    of: str | None = None
 
 
-class Wait(msgspec.Struct, frozen=True):
+class Wait(msgspec.Struct, frozen=True, omit_defaults=True):
     """Somebody waits: `Wait("trainer", "a message to 'trainer'", 2.5, None)`."""
 
     who: str
@@ -46,6 +51,16 @@ class Wait(msgspec.Struct, frozen=True):
     waited_s: float
     deadline_s: float | None
     """How long the wait may last in all; None for one that lasts until work arrives."""
+    on: str | None = None
+    """Who could end it: "actor buffer", "task envs/3", "process engine"; None: see `release`."""
+    of: str | None = None
+    """The actor whose task waits."""
+    idle: bool = False
+    """It has nothing to do, and holds nobody up."""
+    release: str = ""
+    """What ends it, where that is nobody in this process."""
+    named: bool = True
+    """False: found by looking where the task stands in its code."""
 
 
 class Waiter(msgspec.Struct, eq=False):
@@ -56,9 +71,15 @@ class Waiter(msgspec.Struct, eq=False):
     since: float
     deadline: float
     task: asyncio.Task[Any] | None
+    on: str | None = None
+    of: str | None = None
+    idle: bool = False
+    release: str = ""
 
     def seen(self, now: float) -> Wait:
-        return Wait(name_of(self.task), self.what, now - self.since, allowed(self.since, self.deadline))
+        waited_s, deadline_s = now - self.since, allowed(self.since, self.deadline)
+        who = name_of(self.task)
+        return Wait(who, self.what, waited_s, deadline_s, self.on, self.of, self.idle, self.release)
 
     @property
     def woken(self) -> bool:
@@ -88,10 +109,12 @@ class Mailbox:
     closed. A sender tries `offer`; refused, it awaits `reserve` and then puts.
     """
 
-    def __init__(self, place: str, capacity: int) -> None:
+    def __init__(self, place: str, capacity: int, reader: str | None = None) -> None:
         if capacity < 1:
             raise ValueError(f"{place} needs a capacity of at least 1, not {capacity}")
         self.place = place
+        self.reader = reader
+        """Who makes room: "actor buffer"."""
         self.capacity = capacity
         self.room = capacity
         self.items: deque[Envelope] = deque()
@@ -128,7 +151,8 @@ class Mailbox:
         if len(self.items) < self.room:
             self.room -= 1
             return
-        waiter = Waiter(self._loop.create_future(), self._room_in, since, deadline, asyncio.current_task())
+        ready, task = self._loop.create_future(), asyncio.current_task()
+        waiter = Waiter(ready, self._room_in, since, deadline, task, self.reader, OWNER.get())
         self.held.append(waiter)
         try:
             await waiter.ready
@@ -167,7 +191,8 @@ class Mailbox:
 
     async def wait(self, since: float, deadline: float = inf) -> None:
         """Returns when there may be something to take, or the mailbox was closed: look again."""
-        waiter = Waiter(self._loop.create_future(), self._message_in, since, deadline, asyncio.current_task())
+        ready, task = self._loop.create_future(), asyncio.current_task()
+        waiter = Waiter(ready, self._message_in, since, deadline, task, None, OWNER.get(), True)
         self._readers.append(waiter)
         try:
             await waiter.ready
@@ -203,6 +228,10 @@ class Mailbox:
         for waiter in (*self.held, *self._readers):
             if not waiter.ready.done():
                 yield waiter.seen(now)
+
+    def waiting(self) -> Iterator[asyncio.Task[Any]]:
+        """The tasks that wait for room or for a message."""
+        return (waiter.task for waiter in (*self.held, *self._readers) if waiter.task is not None)
 
     def expire(self, now: float) -> float:
         """Fails every wait whose deadline has passed; returns the earliest deadline that is left."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ale.agent.episode import Judge
 from ale.config import RunConfig
 from ale.data.books import Books
 from ale.data.events import Recorded
+from ale.data.instruments import prometheus
 from ale.data.run_folder import RunFolder, summary_of, versions
 from ale.data.task_stream import TaskStream
 from ale.envs.source import Source, open_source
@@ -36,6 +38,7 @@ from ale.progress import EvalSummary, Rate, Summary
 from ale.proxy.script import lines
 from ale.run import Report, Run
 from ale.task import Task
+from ale.waiting import register
 
 # The tokenizer of a new nano model is trained on the text of this many tasks.
 _CORPUS_TASKS = 400
@@ -51,26 +54,34 @@ async def train(
     source: Source | None = None,
     judge: Judge | None = None,
     watch: Callable[[Update], Coroutine[Any, Any, None]] | None = None,
+    stuck: Callable[[str], None] | None = None,
 ) -> Summary:
     """Warm start, evaluate, optimise the policy, evaluate. Everything lands in the run folder.
 
     `resume` goes on with what is in the folder: see docs/runs.md. Raises `UserError`, and `Interrupted` when `stop` was
     requested and the run has come to a checkpoint. `source` and `judge` replace what the configuration names; `watch`
-    sees each update, recorded, before the next begins (`ale.open_run` is made of them).
+    sees each update, recorded, before the next begins (`ale.open_run` is made of them). `stuck` ends the process when
+    its event loop stands still (`Watchdog`).
     """
     tell = report or (lambda progress: None)
     source = source or open_source(config.tasks, config.seed)  # what is wrong there makes no folder
-    with RunFolder(config, overwrite=overwrite, resume=resume) as folder:
+    with RunFolder(config, overwrite=overwrite, resume=resume) as folder, _served(folder, config):
         done = summary_of(folder.path)
         if done is not None and done.updates == config.learner.updates:
             return done
         try:
-            return await _train(config, folder, source, judge, stop or Stop(), tell, watch)
+            summary = await _train(config, folder, source, judge, stop or Stop(), tell, watch, stuck)
+            folder.end("done")
+            return summary
         except Interrupted as error:
+            folder.end("stopped on request")
             raise Interrupted(
                 f"The run was stopped after update {folder.books.updates}; nothing that had finished is lost. "
                 f"Go on with: ale train {folder.path} --resume"
             ) from error
+        except Exception as error:
+            folder.end(f"{type(error).__name__}: {error}")
+            raise
 
 
 async def _train(
@@ -81,13 +92,17 @@ async def _train(
     stop: Stop,
     tell: Report,
     watch: Callable[[Update], Coroutine[Any, Any, None]] | None,
+    stuck: Callable[[str], None] | None,
 ) -> Summary:
     tasks = TaskStream(source.train)
     ledger = Ledger(folder.books, folder.journal.write)
     books, updates = ledger.books, config.learner.updates
     model = await _model_directory(config, tasks, folder.model)
     state = folder.checkpoint.learner if folder.checkpoint is not None else None
-    opened = Run.open(config, model, make_env=source.make_env, judge=judge, stop=stop)
+    opened = Run.open(
+        config, model, make_env=source.make_env, judge=judge, stop=stop, keep=folder.keep_moment, stuck=stuck
+    )
+    register().recorder = folder.timeline.span
     async with opened as run, run.learner_process(model, state) as learner:
         run.follow(tell)
 
@@ -101,7 +116,7 @@ async def _train(
                 folder.keep(t, update=update.number)
             seen = ledger.statistics()
             ended = {"success": ledger.recent_success(), "episodes": float(seen.started - seen.running)}
-            values = _values(update) | ended | run.load()
+            values = _values(update) | ended | run.load() | run.components()
             folder.record(update=update.number, **values, ledger=msgspec.to_builtins(seen))
             ledger.book(Recorded(update=update.number, sizes=folder.sizes))
             tell(run.progress("train", update.number, updates, values))
@@ -201,6 +216,11 @@ async def evaluate(config: RunConfig, model_path: str, *, report: Report | None 
     )
 
 
+def _served(folder: RunFolder, config: RunConfig) -> AbstractContextManager[object]:
+    port = config.metrics.prometheus_port
+    return prometheus(folder.page, port) if port else nullcontext()
+
+
 async def _model_directory(config: RunConfig, tasks: Iterator[Task], target: Path) -> Path:
     """The model to start from: the configured one, or a new nano model whose tokenizer knows the training tasks."""
     if config.model.path != "nano":
@@ -239,4 +259,5 @@ def _values(update: Update) -> dict[str, float]:
         "wait_s": update.wait_s,
         "step_s": update.step_s,
         "sync_s": update.sync_s,
+        "trainer_bubble": update.wait_s / max(update.wait_s + update.step_s + update.sync_s, 1e-9),
     }

@@ -15,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, Union
@@ -23,10 +24,13 @@ import msgspec
 
 from ale import errors
 from ale.errors import AleError, DeadlineExceeded, UserError, WorkerDied
+from ale.heart import Beat, Heart
+from ale.vitals import ProcessState, look
+from ale.waiting import named, register
 from ale.wire import Message, Reply, Request, encode, reply_type
 
 _HEADER = struct.Struct("<IQB")  # body length, request number, kind
-_REQUEST, _ANSWER, _FAILURE = 0, 1, 2
+_REQUEST, _ANSWER, _FAILURE, _BEAT = 0, 1, 2, 3
 _PR_SET_PDEATHSIG = 1
 _MAX_FRAME = 1 << 30  # more than any message: a longer frame is noise on the socket
 _STDERR_BYTES = 8192
@@ -48,12 +52,26 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class WorkerProcess:
-    """Owns a child process. Use `async with WorkerProcess(...)`; leaving it ends the child."""
+    """Owns a child process. Use `async with WorkerProcess(...)`; leaving it ends the child.
+
+    `name` is what waits for it and `ale why` call it: by default the module's, "engine" for `engine_process`.
+    """
 
     def __init__(
-        self, module: str, *, error: type[AleError], pass_fds: Sequence[int] = (), env: dict[str, str] | None = None
+        self,
+        module: str,
+        *,
+        error: type[AleError],
+        pass_fds: Sequence[int] = (),
+        env: dict[str, str] | None = None,
+        name: str = "",
     ) -> None:
         self._module = module
+        self.name = name or module.rpartition(".")[2].removesuffix("_process")
+        self._beat: Beat | None = None
+        self._beat_at = 0.0
+        self._busy_s = 0.0
+        self._busy_since = 0.0
         self._error = error
         self._pass_fds = tuple(pass_fds)
         self._env = env or {}
@@ -78,6 +96,7 @@ class WorkerProcess:
             except BaseException:
                 self._writer.close()
                 raise
+        register().processes[self.name] = self.state
         self._answers = asyncio.create_task(self._read_answers(), name=f"answers of {self._module}")
         self._errors = asyncio.create_task(self._read_stderr(), name=f"stderr of {self._module}")
         return self
@@ -85,8 +104,12 @@ class WorkerProcess:
     async def __aexit__(self, *exception: object) -> None:
         """Closing the socket tells the child to end; a child that does not, or has no time to, is killed."""
         self._writer.close()
+        processes = register().processes
+        if processes.get(self.name) == self.state:
+            del processes[self.name]
         try:
-            await asyncio.wait({self._end()}, timeout=_GRACE_S)
+            with named(f"the end of process {self.name}", deadline_s=_GRACE_S, release="its end, or SIGKILL"):
+                await asyncio.wait({self._end()}, timeout=_GRACE_S)
         finally:
             self._process.kill()  # nothing where it has ended
             self._process.wait()
@@ -106,6 +129,28 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    def kill(self) -> None:
+        """SIGKILL: every request in flight raises `WorkerDied`."""
+        self._process.kill()
+
+    def state(self) -> ProcessState:
+        """How it is, by the kernel's word and by its own."""
+        now = asyncio.get_running_loop().time()
+        beat, ago = self._beat, now - self._beat_at
+        return ProcessState(
+            name=self.name,
+            pid=self.pid,
+            vitals=look(self.pid),
+            beat_s=ago if beat is not None else None,
+            doing=beat.doing if beat is not None else "",
+            doing_s=beat.doing_s + ago if beat is not None and beat.doing else 0.0,
+            step_s=beat.step_s + ago if beat is not None else 0.0,
+            steps=beat.steps if beat is not None else 0,
+            asked=len(self._pending),
+            in_hand=beat.in_hand if beat is not None else None,
+            busy_s=self._busy_s + (now - self._busy_since if self._pending else 0.0),
+        )
+
     async def ask(self, request: Request[Reply], *, deadline_s: float) -> Reply:
         """Sends `request` and waits for its answer.
 
@@ -116,13 +161,18 @@ class WorkerProcess:
             raise self._death()
         self._number += 1
         number = self._number
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        if not self._pending:
+            self._busy_since = loop.time()
         self._pending[number] = (future, reply_type(type(request)))
+        what = f"the answer of process {self.name} to {type(request).__name__}"
         try:
             body = encode(request)
             self._writer.write(_HEADER.pack(len(body), number, _REQUEST) + body)
-            async with asyncio.timeout(deadline_s) as scope:
-                answer: Reply = await future
+            with named(what, on=f"process {self.name}", deadline_s=deadline_s):
+                async with asyncio.timeout(deadline_s) as scope:
+                    answer: Reply = await future
             return answer
         except TimeoutError as error:
             if not scope.expired():
@@ -130,14 +180,22 @@ class WorkerProcess:
             raise DeadlineExceeded(f"{type(request).__name__} to {self._module}", deadline_s) from error
         finally:
             self._pending.pop(number, None)
+            if not self._pending:
+                self._busy_s += loop.time() - self._busy_since
 
     async def _read_answers(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
             while True:
-                length, number, kind = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
-                if kind not in (_ANSWER, _FAILURE) or length > _MAX_FRAME:
+                with named(f"a frame of process {self.name}", idle=True):
+                    head = await self._reader.readexactly(_HEADER.size)
+                length, number, kind = _HEADER.unpack(head)
+                if kind not in (_ANSWER, _FAILURE, _BEAT) or length > _MAX_FRAME:
                     raise msgspec.DecodeError(f"a frame of kind {kind} and {length} bytes")
                 body = await self._reader.readexactly(length)
+                if kind == _BEAT:
+                    self._beat, self._beat_at = msgspec.msgpack.decode(body, type=Beat), loop.time()
+                    continue
                 future, type_ = self._pending.get(number, (None, None))
                 if future is None or future.done():
                     continue  # whoever asked has gone
@@ -170,8 +228,9 @@ class WorkerProcess:
             lambda: asyncio.StreamReaderProtocol(stream), self._process.stderr
         )
         try:
-            while data := await stream.read(1 << 16):
-                self._stderr = (self._stderr + data)[-_STDERR_BYTES:]
+            with named(f"what process {self.name} prints", idle=True):
+                while data := await stream.read(1 << 16):
+                    self._stderr = (self._stderr + data)[-_STDERR_BYTES:]
         finally:
             transport.close()
 
@@ -194,6 +253,7 @@ class Requests:
         self._socket = socket.socket(fileno=fd)
         self._decoder = msgspec.msgpack.Decoder(Union[tuple(kinds)])  # noqa: UP007  a union of a run-time list
         self._buffer = bytearray()
+        self._sending = threading.Lock()  # the heart beats from a thread of its own
 
     def take(self, *, block: bool) -> list[tuple[int, Any]]:
         """The requests that have arrived: waits for one if `block`. Raises `EOFError` when the parent has gone."""
@@ -215,7 +275,12 @@ class Requests:
         self._send(number, _FAILURE, encode(Failure(type(error).__name__, str(error))))
 
     def _send(self, number: int, kind: int, body: bytes) -> None:
-        self._socket.sendall(_HEADER.pack(len(body), number, kind) + body)
+        with self._sending:
+            self._socket.sendall(_HEADER.pack(len(body), number, kind) + body)
+
+    def beat(self, beat: Beat) -> None:
+        """Raises `OSError` when the parent has gone."""
+        self._send(0, _BEAT, msgspec.msgpack.encode(beat))
 
     def _parse(self) -> list[tuple[int, Any]]:
         found = []
@@ -249,28 +314,35 @@ def serve(fd: int, kinds: Sequence[type[Message]], open_: Callable[[Any], tuple[
     What goes wrong with a request goes to whoever asked, and the worker serves on; one that cannot open ends.
     """
     requests = Requests(fd, kinds)
-    with suppress(EOFError):
+    with suppress(EOFError), Heart(requests.beat) as heart:
         (first, settings), *rest = requests.take(block=True)
         assert not rest, "the parent waits for the worker to open"
         try:
-            service, opened = open_(settings)
+            with heart.doing(type(settings).__name__):
+                service, opened = open_(settings)
         except Exception as error:
             requests.fail(first, error)
             return
         requests.answer(first, opened)
         while True:
             for number, request in requests.take(block=not service.busy):
+                heart.took()
                 try:
-                    answers = list(service.handle(number, request))
+                    with heart.doing(type(request).__name__):
+                        answers = list(service.handle(number, request))
                 except Exception as error:
                     answers = [(number, error)]
                 for answered, answer in answers:
+                    heart.gave()
                     if isinstance(answer, Exception):
                         requests.fail(answered, answer)
                     else:
                         requests.answer(answered, answer)
             if service.busy:
-                for number, answer in service.step():
+                with heart.doing("a step"):
+                    finished = service.step()
+                for number, answer in finished:
+                    heart.gave()
                     requests.answer(number, answer)
 
 

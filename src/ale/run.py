@@ -20,6 +20,7 @@ from ale.actors.evaluation import evaluate_tasks, rate
 from ale.actors.evaluator import Evaluator
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
+from ale.actors.load import Load
 from ale.actors.loop_lag import LoopLag
 from ale.actors.multiplexer import Devices, Pool, open_devices
 from ale.actors.reward import Reward
@@ -27,6 +28,7 @@ from ale.actors.sample_buffer import SampleBuffer
 from ale.actors.slots import Slots, count_slots
 from ale.actors.stop import Stop
 from ale.actors.trainer import Trainer, Update, redo
+from ale.actors.watchdog import Keep, Watchdog
 from ale.agent.chat import Chat
 from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
@@ -60,6 +62,7 @@ from ale.progress import Phase, Progress, Rate
 from ale.sandbox import AlarmRules, Mount, SandboxEngine, open_engine
 from ale.supervisor import Supervisor
 from ale.task import Task
+from ale.waiting import held_up, named, progressed, register
 from ale.warm_start import CHECK_TASKS, Checks, choose_demonstrated
 
 Report = Callable[[Progress], None]
@@ -84,6 +87,8 @@ class Run:
         make_env: MakeEnv | None,
         judge: Judge | None,
         stop: Stop,
+        keep: Keep,
+        stuck: Callable[[str], None] | None,
     ) -> None:
         self.config = config
         self.stop = stop
@@ -98,10 +103,12 @@ class Run:
         self._reward = None if engine is None else Reward(engine, concurrency=_GRADERS, label=config.name)
         self._make_env = make_env or self._in_sandbox
         self._judge = judge
+        self._load = Load()
         self._devices = Devices()
         self._policy: Policy | None = None
         self._concurrency: Concurrency | None = None
         self._last: Progress | None = None
+        self.watchdog = Watchdog(config.silence_s, keep, lambda: self._last, stuck=stuck)
 
     @classmethod
     @asynccontextmanager
@@ -113,6 +120,8 @@ class Run:
         make_env: MakeEnv | None = None,
         judge: Judge | None = None,
         stop: Stop | None = None,
+        keep: Keep = lambda moment: None,
+        stuck: Callable[[str], None] | None = None,
     ) -> AsyncIterator[Run]:
         """`make_env` and `judge` take the places of the sandbox and of the tasks' tests. Raises `ModelError` when the
         model's chat template cannot say what the agent is told."""
@@ -123,10 +132,12 @@ class Run:
             box = config.sandbox
             opened = open_engine(box.kind, image=box.image, runtime=box.runtime, label=f"run {config.name}")
             engine = await stack.enter_async_context(opened) if make_env is None else None
-            supervisor = await stack.enter_async_context(Supervisor(bus))
-            run = cls(config, engine, bus, supervisor, chat, make_env, judge, stop or Stop())
+            owner = Supervisor(bus, on_failure=lambda error: run.watchdog.freeze(error))
+            supervisor = await stack.enter_async_context(owner)
+            run = cls(config, engine, bus, supervisor, chat, make_env, judge, stop or Stop(), keep, stuck)
             try:
                 await supervisor.start(run._loop_lag)
+                await supervisor.start(run.watchdog)
                 if run._reward is not None:
                     await supervisor.start(run._reward)
                 yield run
@@ -146,7 +157,11 @@ class Run:
             record_routing=learning and self.config.algorithm.routing_replay,
         )
         async with AsyncExitStack() as stack:
-            engine = await stack.enter_async_context(open_embedded(settings))
+            w = self.config.watchdog
+            opened = open_embedded(settings, restarts=w.restarts, heartbeat_s=w.heartbeat_s)
+            engine = await stack.enter_async_context(opened)
+            watching = self._supervisor.spawn(engine.engine.watch(), name="engine_watch")
+            stack.push_async_callback(self._supervisor.stop, watching)
             c = self.config.rollout
             if self.config.model.pool is not None:
                 pool = Pool(devices=self.config.model.pool, training=self.config.model.threads)
@@ -208,7 +223,8 @@ class Run:
             pass_fds=(self._weights,),
             env={"OMP_NUM_THREADS": str(threads)},
         ) as learner:
-            opened = await learner.ask(settings, deadline_s=_OPEN_DEADLINE_S)
+            with held_up("the learner to load its model", release="its end", on="process learner"):
+                opened = await learner.ask(settings, deadline_s=_OPEN_DEADLINE_S)
             async with self.engine_process(model) as policy:
                 await policy.load_weights(opened.version, opened.slot)
                 yield learner
@@ -219,6 +235,7 @@ class Run:
         for number, trained in enumerate(since, start=1):
             self.stop.check()
             metrics = await redo(learner, trained, self.config)
+            progressed(f"update {trained.event.number}, made again")
             tell(self.progress("resume", number, len(since), {"update": trained.event.number}))
             if number == len(since):
                 await self.policy.load_weights(metrics.version, metrics.slot)
@@ -262,6 +279,7 @@ class Run:
                     request = Imitate(demonstrations=batch, learning_rate=rate, weight_decay=c.weight_decay)
                     metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
                     books.warm_steps = step
+                    progressed(f"step {step} of the warm start")
                     tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
                     if check or evaluation or step == c.steps:
                         await self.policy.load_weights(metrics.version, metrics.slot)
@@ -286,7 +304,7 @@ class Run:
         wanted = {drawn: group.task for drawn, group in running.items()}
         found = await asyncio.to_thread(tasks.go_to, books.drawn, wanted)
         slots = Slots(count_slots(c), books.groups)
-        async with Supervisor(self._bus) as actors:
+        async with Supervisor(self._bus, on_failure=self.watchdog.freeze) as actors:
             buffer = SampleBuffer(slots, ledger, max_lag=c.max_lag, on_stale=c.on_stale)
             under_way = {running[drawn].id: task for drawn, task in found.items()}
             generator = Generator(self.config, tasks, slots, ledger, self._episodes, under_way)
@@ -370,6 +388,7 @@ class Run:
         return {
             "loop_lag_p99_ms": self._loop_lag.quantile_ms(0.99),
             "sandboxes_alive": float(self._engine.statistics().alive if self._engine else 0),
+            **{name: float(n) for name, n in register().counters.items()},
             "turns_restarted": float(self._policy.restarted if isinstance(self._policy, TurnwisePolicy) else 0),
         } | (self._concurrency.load() if self._concurrency is not None else {})
 
@@ -378,6 +397,10 @@ class Run:
         if self._engine is None:
             return self.config.rollout.concurrency  # the environments are no sandboxes of ours
         return free_memory_mb() // self.config.sandbox.memory_mb
+
+    def components(self) -> dict[str, float]:
+        """How busy each component was since the last call, and what it uses."""
+        return self._load.since_last()
 
     def progress(self, phase: Phase, step: int, total: int, values: dict[str, float]) -> Progress:
         self._last = Progress(
@@ -391,7 +414,8 @@ class Run:
 
     async def _beat(self, tell: Report) -> None:
         while True:
-            await asyncio.sleep(_BEAT_S)
+            with named("its next beat", idle=True):
+                await asyncio.sleep(_BEAT_S)
             if (last := self._last) is not None:
                 values = last.values | self.load() if last.phase == "train" else last.values
                 tell(self.progress(last.phase, last.step, last.total, values))
@@ -425,6 +449,7 @@ class Run:
             async with room:
                 shown = await show(task)
             done += 1
+            progressed(f"{done} demonstrations")
             tell(self.progress("warm_start", 0, c.steps, {"demonstrations": done}))
             return shown
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from math import inf
 from types import TracebackType
 from typing import Any
@@ -33,10 +33,19 @@ class Supervisor:
     its inbox, then ending its cancelled tasks, then `stopped`. May be nested: a body or an actor's `run` can hold
     another supervisor."""
 
-    def __init__(self, bus: Bus, *, start_deadline_s: float = 60.0, stop_deadline_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        start_deadline_s: float = 60.0,
+        stop_deadline_s: float = 10.0,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        """`on_failure` hears of the first failure before anything is stopped because of it."""
         self._bus = bus
         self._deadlines = Deadlines(start_deadline_s, stop_deadline_s)
         self._lives: dict[Actor, Life] = {}
+        self._on_failure = on_failure
         self._failure: BaseException | None = None
         self._body: asyncio.Task[Any] | None = None
         self._body_cancelled = False
@@ -46,7 +55,7 @@ class Supervisor:
     async def start(self, actor: Actor, *, restart: Restart | None = None) -> None:
         """Returns when the actor's `started` has. With `restart` None a crash stops everything."""
         life = self._begin(actor, restart)
-        async with self._bus.waiting(f"the start of actor {actor.name!r}"):
+        async with self._bus.waiting(f"the start of actor {actor.name!r}", on=f"actor {actor.name}"):
             await life.begun.wait()
         if life.failure is not None:
             raise ActorError(f"actor {actor.name!r} did not start") from life.failure
@@ -66,7 +75,7 @@ class Supervisor:
         """Ends one actor: it handles what is in its inbox, within the stop deadline."""
         life = self._life(actor)
         life.stop()
-        async with self._bus.waiting(f"the end of actor {actor.name!r}"):
+        async with self._bus.waiting(f"the end of actor {actor.name!r}", on=f"actor {actor.name}"):
             await life.ended.wait()
 
     async def join(self, actor: Actor, *, deadline_s: float = inf) -> None:
@@ -75,7 +84,8 @@ class Supervisor:
         Raises `ActorError`, with its cause, when it crashed, and `DeadlineExceeded`.
         """
         life = self._life(actor)
-        async with self._bus.waiting(f"the end of actor {actor.name!r}", deadline_s=deadline_s):
+        on = f"actor {actor.name}"
+        async with self._bus.waiting(f"the end of actor {actor.name!r}", on=on, deadline_s=deadline_s):
             await life.ended.wait()
         if life.failure is not None:
             raise ActorError(f"actor {actor.name!r} crashed") from life.failure
@@ -92,6 +102,7 @@ class Supervisor:
     ) -> None:
         if self._failure is None and error is not None and not isinstance(error, asyncio.CancelledError):
             self._failure = error  # the body failed first: what follows from that must not hide it
+            self._on_failure(error)
         cancelled = await self._stop_all() or isinstance(error, asyncio.CancelledError)
         if self._body_cancelled and self._body is not None:
             cancelled = self._body.uncancel() > self._cancelling  # was anybody but us at it?
@@ -112,7 +123,10 @@ class Supervisor:
             life.stop()
             while not life.ended.is_set():
                 try:
-                    await life.ended.wait()
+                    async with self._bus.waiting(
+                        f"the end of actor {life.actor.name!r}", on=f"actor {life.actor.name}"
+                    ):
+                        await life.ended.wait()
                 except asyncio.CancelledError:
                     cancelled = True
         return cancelled
@@ -138,6 +152,7 @@ class Supervisor:
             logger.warning("actor %r also failed, after the first cause", actor.name, exc_info=error)
             return
         self._failure = error
+        self._on_failure(error)
         if not self._stopping and self._body is not None:
             self._body_cancelled = True
             self._body.cancel()

@@ -40,7 +40,7 @@ class Subscription(Generic[M]):
         self.overflow = overflow
         self.received = 0
         self.dropped = 0
-        self.mailbox = Mailbox(f"the subscription of {reader!r} to {topic.name}", capacity)
+        self.mailbox = Mailbox(f"the subscription of {reader!r} to {topic.name}", capacity, f"actor {reader}")
         self._loop = asyncio.get_running_loop()
 
     async def get(self, *, deadline_s: float = inf) -> M:

@@ -22,11 +22,12 @@ BREATH = 1024
 class Worker:
     """`current` is the message in hand; a `dismissed` worker takes no other."""
 
-    __slots__ = ("_actor", "_inbox", "_revoked", "current", "dismissed")
+    __slots__ = ("_actor", "_inbox", "_revoked", "current", "dismissed", "name")
 
-    def __init__(self, actor: Actor, inbox: Inbox) -> None:
+    def __init__(self, actor: Actor, inbox: Inbox, name: str) -> None:
         self._actor = actor
         self._inbox = inbox
+        self.name = name
         self.current: Envelope | None = None
         self.dismissed = False
         self._revoked = False

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from ale.actor import Actor
 from ale.actors.episodes import Episodes
 from ale.actors.generator import Generator
 from ale.actors.ledger import Ledger
@@ -88,6 +89,10 @@ class Loop:
         self.stop = Stop()
         self.trained_before = 0  # in earlier lives of the run
         self.under_way: dict[str, Task] = {}
+        self.stop_deadline_s = 10.0
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        self.before: list[Actor] = []
+        """Started before the others."""
 
     @property
     def pending(self) -> bool:
@@ -97,9 +102,10 @@ class Loop:
     async def run(self, during: Callable[[Loop], Any] | None = None) -> Loop:
         """Wired as `pipeline.Run.optimise` does it; `during` runs in the body instead of waiting for the trainer."""
         self.bus = Bus(plain=True)
-        async with Supervisor(self.bus) as outer:
-            await outer.start(self.envs)
-            async with Supervisor(self.bus) as actors:
+        async with Supervisor(self.bus, stop_deadline_s=self.stop_deadline_s, on_failure=self.on_failure) as outer:
+            for actor in (*self.before, self.envs):
+                await outer.start(actor)
+            async with Supervisor(self.bus, stop_deadline_s=self.stop_deadline_s, on_failure=self.on_failure) as actors:
                 self.buffer = SampleBuffer(
                     self.slots,
                     self.ledger,

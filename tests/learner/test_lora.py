@@ -63,6 +63,7 @@ def published(learner: Learner, path: Path) -> Any:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft, of transformers
 def test_only_adapters_are_trained_and_what_is_published_is_the_model_with_them_merged(
     make: Make, nano_path: Path, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ async def main():
             stays = f"setsid sh -c 'echo > up; exec sleep {sys.argv[2]}' > /dev/null 2>&1 &"
             await sandbox.exec(Command(shell=f"mkfifo up; {stays} read line < up"))
         one_shot = asyncio.ensure_future(engine.run(SandboxSpec(), Command(shell=f"sleep {sys.argv[2]}")))
-        print(engine._client._process.pid, flush=True)
+        print(engine._launchers.pid, flush=True)
         await one_shot
 
 asyncio.run(main())
@@ -113,15 +113,21 @@ async def test_sigkill_leaves_nothing_behind_after_the_next_start(state: Path, v
     assert not entries(state)
 
 
-async def test_a_killed_launcher_ends_every_sandbox_with_an_error(state: Path) -> None:
+async def test_a_killed_launcher_ends_every_sandbox_with_an_error_and_the_next_have_another(
+    state: Path,
+) -> None:
     async with open_engine("local", state_dir=state) as engine, engine.start(SandboxSpec()) as sandbox:
         running = asyncio.ensure_future(sandbox.exec(Command(shell="sleep 1000")))
         await sandbox.read_file("/etc/passwd")
-        os.kill(engine._client._process.pid, signal.SIGKILL)
+        os.kill(engine._launchers.pid, signal.SIGKILL)
         with pytest.raises(SandboxError):
             await running
         with pytest.raises(SandboxError):
-            await engine.run(SandboxSpec(), Command(shell="true"))
+            await sandbox.exec(Command(shell="true"))
+        for _ in range(2):
+            assert (await engine.run(SandboxSpec(), Command(shell="echo well"))).stdout == b"well\n"
+        async with engine.start(SandboxSpec()) as another:
+            assert (await another.exec(Command(shell="echo too"))).stdout == b"too\n"
     assert not entries(state)
 
 

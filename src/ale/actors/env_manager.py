@@ -14,6 +14,7 @@ from ale.envs.env import Env
 from ale.messages import Rollout, Trajectory
 from ale.policy.port import Policy
 from ale.task import Task
+from ale.waiting import failed, progressed
 from ale.wire import Message
 
 # Beyond the episodes' own time-outs: closing their sandboxes, and the loop's delays.
@@ -64,7 +65,7 @@ class EnvManager(Actor):
         match message:
             case Rollout():
                 async with self._episodes.place(message.id):
-                    return await self._episode(message)
+                    return _told(await self._episode(message))
             case _:
                 await super().receive(message)
         return None
@@ -73,3 +74,12 @@ class EnvManager(Actor):
         if self._play is not None:
             return await self._play(rollout)
         return await run_episode(rollout, self._policy, self._make_env, self._chat, self._limits, self._judge)
+
+
+def _told(trajectory: Trajectory) -> Trajectory:
+    """The watchdog hears of it: an episode that the agent ended is progress, one that something else ended is not."""
+    if trajectory.status in ("scored", "illegal_tool_calls", "stopped_by_alarm", "bad_logprob"):
+        progressed(f"the episode {trajectory.id}")
+    else:
+        failed(trajectory.status)
+    return trajectory

@@ -29,7 +29,8 @@ class Evaluator(Actor):
 
     async def drained(self) -> None:
         """Returns when nothing is due any more."""
-        async with self.bus.waiting(f"the evaluations of the updates {', '.join(map(str, self._due))}"):
+        what = f"the evaluations of the updates {', '.join(map(str, self._due))}"
+        async with self.bus.waiting(what, on="actor evaluator"):
             await self._idle.wait()
 
     async def run(self) -> None:

@@ -34,6 +34,7 @@ from ale.data.task_stream import TaskStream
 from ale.errors import first_error
 from ale.messages import GroupEnded, GroupStarted, Rollout, Sampling, TasksEnded, Trajectory
 from ale.task import Task
+from ale.waiting import named
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Generator(Actor):
     async def _start_groups(self, groups: asyncio.TaskGroup) -> None:
         """One for each slot, until the tasks end."""
         while True:
-            async with self.bus.waiting("a free slot: given back when an update is live"):
+            async with self.bus.waiting("a free slot: given back when an update is live", on="actor trainer"):
                 await self._slots.wait()
             task = self._next_task()
             if task is None:
@@ -138,7 +139,8 @@ class Generator(Actor):
         # Without lag, what is under way when a batch is taken was started to be faster than what is in it.
         reason = Reason.REDUNDANT if c.extra_groups and not c.max_lag else Reason.STALE
         while True:
-            async with self.bus.waiting("the next batch to be taken, after which older groups end"):
+            what = "the next batch to be taken, after which older groups end"
+            async with self.bus.waiting(what, on="actor trainer"):
                 await self._slots.raised.wait()
             self._slots.raised.clear()
             for name, task in list(self._groups.items()):
@@ -176,7 +178,8 @@ class Generator(Actor):
                 wanted = []
                 if not running:
                     return
-                await asyncio.wait(running.values(), return_when=asyncio.FIRST_COMPLETED)
+                with named(f"{len(running)} rollouts of group {group.id}", on="actor envs"):
+                    await asyncio.wait(running.values(), return_when=asyncio.FIRST_COMPLETED)
                 for name in [name for name, one in running.items() if one.done()]:
                     running.pop(name).result()
             for unneeded in running.values():

@@ -8,6 +8,7 @@ from collections import deque
 import numpy as np
 
 from ale.actor import Actor
+from ale.waiting import named
 
 _PERIOD_S = 0.01
 _KEEP = 100_000  # 1000 s of samples
@@ -22,7 +23,8 @@ class LoopLag(Actor):
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + _PERIOD_S
-            await asyncio.sleep(_PERIOD_S)
+            with named("its period", idle=True):
+                await asyncio.sleep(_PERIOD_S)
             self._seen.append(loop.time() - due)
 
     def quantile_ms(self, share: float) -> float:

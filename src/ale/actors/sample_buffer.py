@@ -18,6 +18,7 @@ from ale.actors.slots import Slots
 from ale.algorithm.filters import Reason, stale_reason
 from ale.errors import ActorStopped, ConfigError
 from ale.messages import Batch, Group, GroupEnded, GroupStarted, TakeBatch, TasksEnded
+from ale.waiting import named
 from ale.wire import Message
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class SampleBuffer(Actor):
     async def run(self) -> None:
         """Nothing, until the buffer is stopped: then a batch that is still waited for will never be full."""
         try:
-            await asyncio.Event().wait()
+            with named("its end", idle=True):
+                await asyncio.Event().wait()
         finally:
             self._stopped = True
             self._changed.set()
@@ -83,7 +85,8 @@ class SampleBuffer(Actor):
                     f"The tasks ended after {self._ended.started} groups: {wanted} are needed to train version "
                     f"{version} on and {len(ready)} are left. Lower learner.updates or give more tasks."
                 )
-            async with self.bus.waiting(f"{wanted} groups to train version {version} on"):
+            what = f"{wanted} groups to train version {version} on: {len(ready)} are ready"
+            async with self.bus.waiting(what, on="actor generator"):
                 await self._changed.wait()
         groups = tuple(self._groups.pop(g.id) for g in ready)
         if self._on_stale == "discard":

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from ale.errors import Interrupted
+from ale.waiting import named
 
 T = TypeVar("T")
 
@@ -30,13 +31,19 @@ class Stop:
         caller = asyncio.current_task()
         name = caller.get_name() if caller is not None else None  # a wait is named after whoever waits
         working = asyncio.create_task(work, name=name)
-        stopped = asyncio.create_task(self._requested.wait(), name="the request to stop")
+        stopped = asyncio.create_task(self._asked_for(), name="the request to stop")
         try:
-            await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            with named("its own work", idle=True):  # which says itself what it waits for
+                await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
                 raise Interrupted("stopped on request")
             return working.result()
         finally:
             stopped.cancel()
             working.cancel()
-            await asyncio.gather(working, stopped, return_exceptions=True)
+            with named(f"the end of the cancelled {name}"):  # a task of ours: what it closes has deadlines
+                await asyncio.gather(working, stopped, return_exceptions=True)
+
+    async def _asked_for(self) -> None:
+        with named("the request to stop", idle=True):
+            await self._requested.wait()

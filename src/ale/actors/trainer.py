@@ -22,6 +22,7 @@ from ale.data.events import Updated
 from ale.errors import LearnerError
 from ale.messages import Batch, Group, Sample, StepMetrics, TakeBatch, TrainStep, Trajectory
 from ale.policy.port import Policy
+from ale.waiting import progressed
 from ale.wire import Reply, Request
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ class Trainer(Actor):
         lag = version - min(g.oldest_version for g in batch.groups)
         if not 0 <= lag <= self._config.rollout.max_lag:
             raise AssertionError(f"the batch to train version {version} on has a token that is {lag} updates old")
-        async with self._devices.training(), self.bus.waiting(f"the learner: update {number}"):
+        learning = self.bus.waiting(f"the learner: update {number}", on="process learner")
+        async with self._devices.training(), learning:
             metrics = await self._learner.ask(
                 train_step(batch.groups, self._config), deadline_s=self._config.learner.step_deadline_s
             )
@@ -124,7 +126,9 @@ class Trainer(Actor):
                 step_s=stepped - taken,
             )
         )
-        await self._policy.load_weights(metrics.version, metrics.slot)
+        async with self.bus.waiting(f"the policy to take version {metrics.version}"):
+            await self._policy.load_weights(metrics.version, metrics.slot)
+        progressed(f"update {number}")
         self._slots.live(metrics.version)
         for group in batch.groups:
             self._slots.give_back(group.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,13 +15,17 @@ import msgspec
 from ale.agent.model import ToolSpec
 from ale.agent.settings import McpSettings
 from ale.agent.tools.registry import Answer, Tool, ToolError
-from ale.errors import ConfigError, first_error
+from ale.errors import ConfigError, DeadlineExceeded, first_error
+from ale.waiting import waiting
 
 if TYPE_CHECKING:
     from mcp import Client
 
     from ale.agent.workbench import Workbench
 
+logger = logging.getLogger(__name__)
+
+_EXIT_S = 30.0
 _NOT_A_NAME = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -43,14 +48,19 @@ async def open_mcp(name: str, settings: McpSettings) -> AsyncIterator[list[Tool]
     except Exception as error:
         cause = first_error(error) if isinstance(error, ExceptionGroup) else error
         with contextlib.suppress(Exception):  # it never came about
-            await client.__aexit__(None, None, None)
+            async with asyncio.timeout(_EXIT_S):
+                await client.__aexit__(None, None, None)
         said = f"it did not answer within {settings.timeout_s:g} s" if isinstance(cause, TimeoutError) else str(cause)
         where = settings.url or " ".join(settings.command)
         raise ConfigError(f"agent.mcp.{name}: the server {where} cannot be used: {said}.") from error
     try:
         yield tools
     finally:
-        await client.__aexit__(None, None, None)
+        try:
+            async with waiting(f"the end of the MCP server {name}", deadline_s=_EXIT_S, release="its process"):
+                await client.__aexit__(None, None, None)
+        except DeadlineExceeded as error:  # the SDK has told it to end, and kills what it started with this process
+            logger.warning("%s", error)
 
 
 async def _tools(client: Client, server: str, timeout_s: float) -> list[Tool]:

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,12 @@ from ale.data.books import Books
 from ale.data.checkpoints import Checkpoint, Checkpoints, freeze
 from ale.data.disk import AppendedFile, replace
 from ale.data.events import FileSizes, Resumed
+from ale.data.instruments import Page
 from ale.data.journal import Journal
+from ale.data.moment import Moment
+from ale.data.moment import read as read_moment
+from ale.data.moment import write as write_moment
+from ale.data.timeline import Timeline
 from ale.errors import ConfigError, RunFolderError
 from ale.messages import Trajectory
 from ale.progress import Summary, Versions
@@ -50,6 +55,11 @@ _MAY_CHANGE = {
     "learner.checkpoint_every",
     "learner.export_every",
     "learner.step_deadline_s",
+    "watchdog.silence_s",
+    "watchdog.heartbeat_s",
+    "watchdog.restarts",
+    "metrics.prometheus_port",
+    "metrics.timeline_mb",
     "learner.ranks",
     "learner.device",
     "learner.activation_checkpointing",
@@ -70,6 +80,8 @@ class RunFolder:
         self.books = Books()
         self.checkpoint: Checkpoint | None = None
         """What the learner goes on from."""
+        self.timeline = Timeline(self.path / "timeline.json", config.metrics.timeline_mb)
+        self.page = Page(config.name)
         self._open = ExitStack()
         try:
             self._check(overwrite, resume)
@@ -198,7 +210,9 @@ class RunFolder:
         """One line of metrics.jsonl, and its numbers for TensorBoard where it has an `update`."""
         self._metrics.append(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
         if "update" in values:
-            self._board.add(values["update"], _scalars(values))
+            scalars = _scalars(values)
+            self._board.add(values["update"], scalars)
+            self.page.show(scalars | {"update": float(values["update"])})
 
     def keep(self, trajectory: Trajectory, **more: Any) -> None:
         """One line of trajectories.jsonl: every token, log-probability, chunk, call, output, reward and version.
@@ -210,6 +224,18 @@ class RunFolder:
             of = {} if t is trajectory else {"branch_of": trajectory.id}
             line = orjson.dumps(msgspec.to_builtins(alone, enc_hook=str) | _arrays(alone) | of | more)
             self._trajectories.append(line + b"\n")
+
+    def keep_moment(self, moment: Moment) -> None:
+        """What `ale why` reads. Raises `OSError`."""
+        write_moment(self.path, moment)
+        self.timeline.sample(moment)
+        self.timeline.flush()
+
+    def end(self, how: str) -> None:
+        """The last word on the run's last moment: "done", or the error that ended it."""
+        with suppress(OSError, RunFolderError):  # no moment was written, or the disk is full: the error itself is told
+            last = read_moment(self.path)
+            write_moment(self.path, msgspec.structs.replace(last, ended=how))
 
     async def commit(self, books: Books) -> None:
         """Makes a checkpoint of what the learner wrote where `checkpoints.begin` said, and of the books as they are."""

@@ -18,6 +18,7 @@ from ale.messages import Score
 from ale.sandbox import Command, Limits, Mount, SandboxEngine, SandboxSpec, Snapshot
 from ale.sandbox.launcher import remove_tree
 from ale.task import REWARD_FILE, TESTS_DIR, Task
+from ale.waiting import named
 
 _LOGS, _REWARD_NAME = REWARD_FILE.rsplit("/", 1)
 _MAX_REWARD_BYTES = 64
@@ -28,15 +29,17 @@ async def grade(engine: SandboxEngine, task: Task, snapshot: Snapshot, *, label:
     scratch = Path(tempfile.mkdtemp(prefix="grade-", dir=engine.scratch))
     try:
         tests, logs = _lay_out(scratch, task)
-        completed = await engine.run(
-            SandboxSpec(
-                base=snapshot,
-                limits=Limits(memory_mb=task.memory_mb),
-                mounts=(Mount(str(tests), TESTS_DIR), Mount(str(logs), _LOGS, writable=True)),
-                label=label,
-            ),
-            Command(shell=f'exec bash "$ALE_ROOT{TESTS_DIR}/test.sh"', timeout_s=task.verifier_timeout_s),
+        spec = SandboxSpec(
+            base=snapshot,
+            limits=Limits(memory_mb=task.memory_mb),
+            mounts=(Mount(str(tests), TESTS_DIR), Mount(str(logs), _LOGS, writable=True)),
+            label=label,
         )
+        limit_s = task.verifier_timeout_s
+        with named(f"the end of the tests of {task.id}", release="their end, or their time-out", deadline_s=limit_s):
+            completed = await engine.run(
+                spec, Command(shell=f'exec bash "$ALE_ROOT{TESTS_DIR}/test.sh"', timeout_s=limit_s)
+            )
         output = (completed.text() + completed.text("stderr"))[-2000:]
         if completed.timed_out:
             raise EvaluatorError(f"the tests of {task.id} ran longer than {task.verifier_timeout_s:g} s")

@@ -21,8 +21,11 @@ from ale.sandbox import (
     Snapshot,
 )
 from ale.task import WORKDIR, Task
+from ale.waiting import named
 
 Grader = Callable[[Task, Snapshot], Awaitable[Score]]
+
+_SHOWN = 60  # characters of a command
 
 PROGRAM = "program.py"
 """Where, in the working directory, a `ProgramEnv` leaves what the agent wrote."""
@@ -61,7 +64,8 @@ class TerminalEnv:
         self._seen = (0, 0)  # events and alarms that a step has told of
 
     async def reset(self) -> str:
-        self._sandbox = await self._stack.enter_async_context(self._engine.start(self._spec))
+        with named(f"a sandbox for {self._task.id}", release="its start, or that it fails"):
+            self._sandbox = await self._stack.enter_async_context(self._engine.start(self._spec))
         for file in self._task.files:
             try:
                 await self._sandbox.write_file(f"{WORKDIR}/{file.path}", file.data, mode=file.mode)
@@ -76,8 +80,10 @@ class TerminalEnv:
 
     async def step(self, action: str) -> Step:
         sandbox = self._live()
+        what = f"the end of a command in the sandbox of {self._task.id}: {action[:_SHOWN]!r}"
         try:
-            completed = await sandbox.exec(Command(shell=action, timeout_s=self._command_timeout_s))
+            with named(what, release="its end, or its time-out", deadline_s=self._command_timeout_s):
+                completed = await sandbox.exec(Command(shell=action, timeout_s=self._command_timeout_s))
         except SandboxStopped as error:
             audit, alarms = self._news(sandbox)
             stopped = ToolResult(call=action, output=str(error), audit=audit, alarms=alarms)
@@ -105,7 +111,8 @@ class TerminalEnv:
         return audit[events_before:], alarms[alarms_before:]
 
     async def score(self) -> Score:
-        snapshot = await self._live().snapshot()
+        with named(f"a snapshot of the sandbox of {self._task.id}", release="the sandbox"):
+            snapshot = await self._live().snapshot()
         try:
             return await self._grader(self._task, snapshot)
         finally:
@@ -113,7 +120,8 @@ class TerminalEnv:
 
     async def close(self) -> None:
         self._sandbox = None
-        await self._stack.aclose()
+        with named(f"the end of the sandbox of {self._task.id}", release="its last process and its files"):
+            await self._stack.aclose()
 
     def _live(self) -> Sandbox:
         if self._sandbox is None:

@@ -16,7 +16,10 @@ import msgspec
 
 from ale.errors import DeadlineExceeded, SandboxError
 from ale.sandbox import launcher
+from ale.vitals import ProcessState, look
+from ale.waiting import named, register
 
+NAME = "launcher"
 _START_S = 30.0
 _SEND_S = 30.0
 _END_S = 60.0
@@ -64,7 +67,8 @@ class Launched:
             self._client.post({"kill": self.name})
 
     async def wait(self, deadline_s: float) -> Ended:
-        done, _ = await asyncio.wait([self.ended], timeout=deadline_s)
+        with named(f"the end of sandbox {self.name}", on=f"process {NAME}", deadline_s=deadline_s):
+            done, _ = await asyncio.wait([self.ended], timeout=deadline_s)
         if not done:
             raise DeadlineExceeded(f"the end of sandbox {self.name}", deadline_s)
         return self.ended.result()
@@ -96,9 +100,11 @@ class LauncherClient:
                 start_new_session=True,  # a Ctrl-C at the terminal is the engine's to handle
             )
         client = cls(process, ours)
+        register().processes[NAME] = client.state
         try:
-            async with asyncio.timeout(_START_S):
-                await client._ready
+            with named("the start of the sandbox launcher", on=f"process {NAME}", deadline_s=_START_S):
+                async with asyncio.timeout(_START_S):
+                    await client._ready
         except TimeoutError as error:
             await client.close()
             raise DeadlineExceeded("the start of the sandbox launcher", _START_S) from error
@@ -106,6 +112,18 @@ class LauncherClient:
             await client.close()
             raise
         return client
+
+    @property
+    def gone(self) -> bool:
+        """It has died, or was closed: it starts nothing any more."""
+        return self._gone
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def state(self) -> ProcessState:
+        return ProcessState(name=NAME, pid=self.pid, vitals=look(self.pid), asked=len(self._running))
 
     async def spawn(
         self, name: str, argv: Sequence[str], *, stdio: Sequence[int], limits: Mapping[str, int | str]
@@ -193,6 +211,9 @@ class LauncherClient:
         """Ends every sandbox and the launcher; returns when both are gone. Idempotent."""
         self._lost()
         self._control.close()
+        processes = register().processes
+        if processes.get(NAME) == self.state:
+            del processes[NAME]
         try:
             await asyncio.to_thread(self._process.wait, _END_S)
         except subprocess.TimeoutExpired as error:

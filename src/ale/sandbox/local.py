@@ -26,7 +26,8 @@ from ale.sandbox.cgroup import find_parents, make_cgroups
 from ale.sandbox.enforcement import Enforcement
 from ale.sandbox.foundation import Foundation
 from ale.sandbox.interpreter import MOUNT_POINT, Interpreter
-from ale.sandbox.launcher_client import LauncherClient, LauncherConfig
+from ale.sandbox.launcher_client import LauncherConfig
+from ale.sandbox.launchers import Launchers
 from ale.sandbox.layers import LayerStore
 from ale.sandbox.local_sandbox import LocalSandbox
 from ale.sandbox.namespace import Namespace
@@ -51,12 +52,12 @@ class LocalEngine(RockletEngine[LocalSandbox]):
         self,
         state: StateDirectory,
         enforcement: Enforcement,
-        client: LauncherClient,
+        launchers: Launchers,
         line: CommandLine,
         interpreter: Interpreter,
     ) -> None:
         super().__init__()
-        self._state, self._enforcement, self._client = state, enforcement, client
+        self._state, self._enforcement, self._launchers = state, enforcement, launchers
         self._line, self._interpreter = line, interpreter
         self.store = LayerStore(state.path / "layers", sandbox_user())
         self.bottom = state.path / "tools" / "empty"
@@ -101,7 +102,7 @@ class LocalEngine(RockletEngine[LocalSandbox]):
         return self.store.alive
 
     async def _shut(self) -> None:
-        await self._client.close()
+        await self._launchers.close()
 
     # -- for its sandboxes
 
@@ -130,7 +131,7 @@ class LocalEngine(RockletEngine[LocalSandbox]):
             ),
             rocklet=True,
         )
-        await namespace.start(self._client, argv, self._enforcement.group_limits(spec.limits))
+        await namespace.start(await self._launchers.living(), argv, self._enforcement.group_limits(spec.limits))
 
     async def _run(self, spec: SandboxSpec, command: Command, foundation: Foundation) -> Completed:
         argv = self._line.build(
@@ -149,7 +150,8 @@ class LocalEngine(RockletEngine[LocalSandbox]):
             rocklet=False,
         )
         limits = self._enforcement.group_limits(spec.limits)
-        return await run_once(self._client, self._name(), argv, limits, command, spec.limits.output_bytes)
+        client = await self._launchers.living()
+        return await run_once(client, self._name(), argv, limits, command, spec.limits.output_bytes)
 
 
 def sandbox_user() -> tuple[int, int] | None:
@@ -183,8 +185,8 @@ async def open_local(*, state_dir: Path | None = None, bwrap: Path | None = None
             lock_fd=state.lock_fd,
         )
         enforcement = Enforcement(cgroups, await asyncio.to_thread(can_mount, state.path / "boxes"))
-        client = await LauncherClient.start(config)
-        engine = LocalEngine(state, enforcement, client, line, interpreter)
+        launchers = await Launchers.start(config)
+        engine = LocalEngine(state, enforcement, launchers, line, interpreter)
         stack.push_async_callback(engine.aclose)
         await probe(engine)
         yield engine
