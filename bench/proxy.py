@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -25,8 +26,9 @@ import orjson
 from bench.harness import ROOT, benchmark
 
 WORDS = ["oak", "elm", "fir", "ash", "yew", "fox", "owl", "bee", "ant", "cat"]
-TURNS, SECONDS, EPISODES = 10, 4, 64
-STREAMS = 1000
+TURNS, EPISODES = 10, 64
+SMALL = "--small" in sys.argv[1:]  # whether it works at all: its figures mean little, and go to a file of their own
+SECONDS, PAIRS, STREAMS = (1, 1, 100) if SMALL else (4, 3, 1000)
 _READY_S = 120.0
 
 _SERVER = """
@@ -210,7 +212,11 @@ def main() -> None:
     if shutil.which("wrk") is None:
         raise SystemExit("bench.proxy needs `wrk` (apt-get install wrk): its load does not come from Python.")
     binary = os.environ.get("ALE_LITELLM")
-    with benchmark("proxy", pairs=3) as bench, server("train") as ours, server("train") as dummy:
+    with (
+        benchmark("proxy_small" if SMALL else "proxy", pairs=PAIRS) as bench,
+        server("train") as ours,
+        server("train") as dummy,
+    ):
         bench.check("the official client gets the engine's words", lambda: answers_well(ours["url"], ours["keys"][0]))
         failed = []
 
@@ -225,48 +231,29 @@ def main() -> None:
             return seen["p50_ms"]
 
         # The dummy upstream behind LiteLLM and behind our own mode *deploy* is a proxy of the mode *train*.
-        with server("deploy", dummy["url"], key=dummy["keys"][0]) as deploy:
+        with ExitStack() as stack:
+            deploy = stack.enter_context(server("deploy", dummy["url"], key=dummy["keys"][0]))
+            theirs = None
             if binary is None:
                 print("LiteLLM is not measured: ALE_LITELLM names no `litellm` binary.", file=sys.stderr)
+            else:
+                theirs = stack.enter_context(litellm(binary, dummy["url"], dummy["keys"][0]))
+            against = None if theirs is None else "LiteLLM"
+            for name, where in (("train", ours), ("deploy", deploy)):
                 bench.latency(
-                    "train_p50_one_at_a_time",
-                    ours=lambda: p50(ours["url"], ours["keys"]),
-                    baseline=None,
-                    against=None,
+                    f"{name}_p50_one_at_a_time",
+                    ours=partial(p50, where["url"], where["keys"]),
+                    baseline=None if theirs is None else partial(p50, theirs, ["any"]),
+                    against=against,
                     unit="ms",
                 )
                 bench.rate(
-                    "train_64_way",
-                    ours=lambda: rate(ours["url"], ours["keys"]),
-                    baseline=None,
-                    against=None,
+                    f"{name}_64_way",
+                    ours=partial(rate, where["url"], where["keys"]),
+                    baseline=None if theirs is None else partial(rate, theirs, ["any"]),
+                    against=against,
                     unit="requests/s",
                 )
-                bench.rate(
-                    "deploy_64_way",
-                    ours=lambda: rate(deploy["url"], deploy["keys"]),
-                    baseline=None,
-                    against=None,
-                    unit="requests/s",
-                )
-            else:
-                with litellm(binary, dummy["url"], dummy["keys"][0]) as theirs:
-                    for name, where in (("train", ours), ("deploy", deploy)):
-                        url, keys = where["url"], where["keys"]
-                        bench.latency(
-                            f"{name}_p50_one_at_a_time",
-                            ours=lambda url=url, keys=keys: p50(url, keys),
-                            baseline=lambda: p50(theirs, ["any"]),
-                            against="LiteLLM",
-                            unit="ms",
-                        )
-                        bench.rate(
-                            f"{name}_64_way",
-                            ours=lambda url=url, keys=keys: rate(url, keys),
-                            baseline=lambda: rate(theirs, ["any"]),
-                            against="LiteLLM",
-                            unit="requests/s",
-                        )
 
         # A thousand episodes stream at once from an engine that takes a second for each turn.
         with server("train", pause_s=1.0, episodes=STREAMS) as many:
@@ -277,7 +264,7 @@ def main() -> None:
                 failed.append(seen["failed"])
                 return resident_mb(many["pid"]) - before
 
-            bench.latency("memory_of_1000_streams", ours=streams, baseline=None, against=None, unit="MB more")
+            bench.latency(f"memory_of_{STREAMS}_streams", ours=streams, baseline=None, against=None, unit="MB more")
         if any(failed):
             raise SystemExit(f"{sum(failed):g} requests failed: the figures mean nothing, and are not written")
 

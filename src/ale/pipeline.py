@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from ale.envs.source import Source, open_source
 from ale.errors import ConfigError, Interrupted
 from ale.models.path import check_model_path
 from ale.progress import EvalSummary, Rate, Summary
+from ale.proxy.script import lines
 from ale.run import Report, Run
 from ale.task import Task
 from ale.waiting import register
@@ -242,13 +243,20 @@ async def _model_directory(config: RunConfig, tasks: Iterator[Task], target: Pat
         for task in corpus:
             texts += [
                 task.instruction,
-                *(render(action, task.actions) for action in task.solution),
+                *_said(task, config),
                 *(f.data.decode("utf-8", "replace") for f in task.files),
             ]
         unfinished = target.with_name(".model.new")
         await asyncio.to_thread(save_nano, unfinished, texts, seed=config.seed)
         unfinished.rename(target)
     return target
+
+
+def _said(task: Task, config: RunConfig) -> Sequence[str]:
+    """What is said in a demonstration of the task."""
+    if config.agent.kind == "builtin":
+        return [render(action, task.actions) for action in task.solution]
+    return lines(task, config.warm_start, "tags" if config.agent.tool_syntax == "tags" else "fence")
 
 
 def _values(update: Update) -> dict[str, float]:

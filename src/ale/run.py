@@ -68,6 +68,7 @@ from ale.waiting import held_up, named, progressed, register
 from ale.warm_start import CHECK_TASKS, Checks, choose_demonstrated, imitation
 
 Report = Callable[[Progress], None]
+Demonstrate = Callable[[Task], Awaitable[tuple[Demonstration, ...]]]
 _OPEN_DEADLINE_S = 300.0
 _GRADERS = 4
 _BEAT_S = 1.0
@@ -449,18 +450,33 @@ class Run:
         room = asyncio.Semaphore(self.config.rollout.concurrency)
         done = 0
 
-        async def one(task: Task) -> Demonstration:
+        async def one(show: Demonstrate, task: Task) -> tuple[Demonstration, ...]:
             nonlocal done
             async with room:
-                shown = await demonstrate(task, self._make_env, self._chat, self.config.agent, self._judge)
+                shown = await show(task)
             done += 1
             progressed(f"{done} demonstrations")
             tell(self.progress("warm_start", 0, c.steps, {"demonstrations": done}))
             return shown
 
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(one(task), name=f"demonstrate {task.id}") for task in tasks]
-        return [task.result() for task in running]
+        async with self._demonstrator() as show, asyncio.TaskGroup() as group:
+            running = [group.create_task(one(show, task), name=f"demonstrate {task.id}") for task in tasks]
+        return [shown for task in running for shown in task.result()]
+
+    @asynccontextmanager
+    async def _demonstrator(self) -> AsyncIterator[Demonstrate]:
+        """What carries out a reference solution: the built-in loop, or the run's own program before an oracle."""
+        if self.config.agent.kind == "builtin":
+
+            async def show(task: Task) -> tuple[Demonstration, ...]:
+                return (await demonstrate(task, self._make_env, self._chat, self.config.agent, self._judge),)
+
+            yield show
+            return
+        from ale.proxy.oracle import open_demonstrator  # needs the extra `proxy`
+
+        async with open_demonstrator(self._chat.tokenizer, self._in_sandbox, self.config) as demonstrator:
+            yield demonstrator.demonstrate
 
 
 def in_a_few_words(waits: Sequence[Wait]) -> tuple[str, ...]:

@@ -151,10 +151,12 @@ def trajectory_view(log: RunLog, id_: str) -> TrajectoryView:
     returns = None if advantage is None else chunk_returns(advantage, len(t.chunks), gamma=gamma).tolist()
     chunks, place, sampled = [], 0, 0
     results = list(t.results)
+    program = log.setting("agent.kind") == "command"  # its only result is how the whole program ended
     for k, chunk in enumerate(t.chunks):
         size = chunk.end - chunk.start
         logp, logp_sampled = t.logp_A[sampled : sampled + size], t.logp_sampled_A[sampled : sampled + size]
         known = [value for value in logp if value is not None]
+        here = k == len(t.chunks) - 1 if program else chunk.ending == "call"
         chunks.append(
             ChunkView(
                 given=decode(t.tokens_T[place : chunk.start]),
@@ -167,7 +169,7 @@ def trajectory_view(log: RunLog, id_: str) -> TrajectoryView:
                 logp_min=min(known, default=None),
                 logp_sampled_mean=_mean(logp_sampled),
                 weight=None if returns is None else returns[k],
-                result=results.pop(0) if results and chunk.ending == "call" else None,
+                result=results.pop(0) if results and here else None,
             )
         )
         place, sampled = chunk.end, sampled + size

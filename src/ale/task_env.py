@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ale.agent.actions import Answer, Call, Malformed, parse
 from ale.config import AgentConfig
 from ale.envs.env import Env
-from ale.envs.families import TRAINED, UNSEEN
+from ale.envs.families import FAMILIES
 from ale.envs.families import make as make_task
 from ale.envs.grade import grade
 from ale.envs.task_dir import load_task
@@ -225,7 +225,7 @@ def find_task(name: str, hub: Hub | None) -> Task:
     """The task "task:FAMILY/SEED" or "task:hub:PACK/TASK": what anybody may name. Raises `UserError`."""
     which = name.removeprefix(_PREFIX)
     procedural = re.fullmatch(r"([a-z]+)/(\d{1,18})", which, re.ASCII)
-    if name.startswith(_PREFIX) and procedural and procedural[1] in TRAINED | UNSEEN:
+    if name.startswith(_PREFIX) and procedural and procedural[1] in FAMILIES:
         return make_task(procedural[1], int(procedural[2]))
     packed = re.fullmatch(r"hub:([\w.-]+)/([A-Za-z0-9][\w.-]*)", which, re.ASCII)
     if name.startswith(_PREFIX) and packed and hub is not None:

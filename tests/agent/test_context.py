@@ -141,6 +141,28 @@ def test_a_model_that_says_nothing_when_asked_for_a_summary_is_an_error() -> Non
     assert len(one.messages) == len(before)
 
 
+def test_a_summary_that_was_cut_is_asked_for_again_and_never_taken() -> None:
+    class Talker(Summariser):
+        def __init__(self, *finishes: Any) -> None:
+            super().__init__()
+            self.finishes = list(finishes)
+
+        async def complete(self, request: Request, on_text: Any = None) -> Reply:
+            reply = await super().complete(request)
+            return Reply(reply.message, self.finishes.pop(0), reply.usage)
+
+    def long() -> Context:
+        return context(dialogue(*(f"fact {n} " * 30 for n in range(20))), Words(), 900)
+
+    once, twice, one, other = Talker("length", "stop"), Talker("length", "length"), long(), long()
+    assert fit(one, once)[-1].usage == Usage(10, 10)
+    assert "at most half as many words" in once.requests[1].messages[-1].content
+    before = list(other.messages)
+    with pytest.raises(PolicyError, match=r"agent\.model\.max_tokens"):
+        fit(other, twice)
+    assert len(other.messages) == len(before)
+
+
 def test_a_window_that_cannot_hold_the_task_itself_is_an_error() -> None:
     one = context([Message("system", "word " * 800), Message("user", "x")], Words(), 900)
     with pytest.raises(WindowTooSmall, match=r"agent\.model\.window"):

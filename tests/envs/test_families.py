@@ -2,11 +2,13 @@ import hashlib
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from ale.envs.families import TRAINED, UNSEEN, WORDS, make, make_splits
+from ale.errors import ConfigError
 from ale.task import REWARD_FILE, Task
 
 FAMILIES = [*TRAINED, *UNSEEN]
@@ -102,6 +104,30 @@ def test_no_content_stands_in_two_splits_or_twice_in_one() -> None:
     assert {t.family for t in train} == set(TRAINED)
     hashes = [t.content_hash for t in (*splits.heldout, *splits.families, *train)]
     assert len(set(hashes)) == len(hashes)
+
+
+def test_only_the_named_families_are_drawn_and_a_small_one_comes_to_an_end() -> None:
+    splits = make_splits(20, 0, seed=0, only=["note"])
+    assert {t.family for t in splits.heldout} == {"note"}
+    train = list(islice(splits.train(0), 2000))
+    assert len(train) == 12 * 11 * 10 - 20
+    assert not {t.content_hash for t in train} & {t.content_hash for t in splits.heldout}
+    both = make_splits(4, 2, seed=0, only=["copy", "note"])
+    assert [t.family for t in both.heldout] == ["copy", "note"] * 2
+    assert {t.family for t in both.families} <= set(UNSEEN)
+
+
+@pytest.mark.parametrize(
+    ("heldout", "families", "only", "said"),
+    [
+        (4, 0, ["note", "copi"], "tasks.only: there is no family 'copi'"),
+        (2000, 0, ["note"], "note give no more than 1320 tasks"),
+        (4, 4, ["sort"], "tasks.only names 'sort', which tasks.families keeps unseen"),
+    ],
+)
+def test_families_that_cannot_be_drawn_are_refused(heldout: int, families: int, only: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_splits(heldout, families, 0, only)
 
 
 def test_what_is_held_out_would_otherwise_be_drawn() -> None:

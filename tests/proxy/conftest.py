@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from ale.proxy.episode import Episode
 from ale.proxy.server import Proxy, open_proxy, train_mode
+from ale.sandbox import SandboxEngine, open_engine
 
 TOOLS: list[Any] = [
     {
@@ -71,3 +73,13 @@ def without_a_socket() -> Callable[[Proxy, str], openai.AsyncOpenAI]:
         return openai.AsyncOpenAI(base_url="http://proxy/v1", api_key=key, max_retries=0, http_client=http)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def sandboxes(loop: asyncio.Runner) -> Iterator[SandboxEngine]:
+    """An engine of a file's own: it keeps a copy of what is mounted."""
+    manager = open_engine("local")
+    engine = loop.run(manager.__aenter__())
+    yield engine
+    assert engine.statistics().alive == 0
+    loop.run(manager.__aexit__(None, None, None))

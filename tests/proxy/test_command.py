@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import openai
 import pytest
 
 from ale.agent.actions import render
@@ -20,9 +18,11 @@ from ale.envs.terminal import TerminalEnv
 from ale.errors import PolicyError
 from ale.messages import Rollout, Sampling, Trajectory
 from ale.proxy.command import open_command_agent
-from ale.sandbox import Mount, SandboxEngine, open_engine
+from ale.sandbox import AlarmRules, Mount, SandboxEngine
 from ale.task import REWARD_FILE, Task, TaskFile
 from ale.testing.scripted_policy import ScriptedPolicy
+
+from .packages import copy_packages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEST = f'[ "$(cat a.txt)" = yes ] && r=1 || r=0; echo $r > {REWARD_FILE}'.encode()
@@ -64,10 +64,16 @@ def play(
     policy: Any,
     limits: AgentConfig,
     mounts: tuple[Mount, ...],
+    alarms: AlarmRules | None = None,
 ) -> Trajectory:
     def environment(task: Task) -> TerminalEnv:
         return TerminalEnv(
-            task, sandboxes, lambda task, snapshot: grade(sandboxes, task, snapshot), mounts=mounts, pids=64
+            task,
+            sandboxes,
+            lambda task, snapshot: grade(sandboxes, task, snapshot),
+            mounts=mounts,
+            pids=64,
+            alarms=alarms,
         )
 
     async def scenario() -> Trajectory:
@@ -76,16 +82,6 @@ def play(
             return await agent.play(rollout)
 
     return loop.run(scenario())
-
-
-@pytest.fixture(scope="module")
-def sandboxes(loop: asyncio.Runner) -> Iterator[SandboxEngine]:
-    """An engine of this file's own: it keeps a copy of what is mounted."""
-    manager = open_engine("local")
-    engine = loop.run(manager.__aenter__())
-    yield engine
-    assert engine.statistics().alive == 0
-    loop.run(manager.__aexit__(None, None, None))
 
 
 @pytest.fixture
@@ -138,14 +134,25 @@ def test_how_an_episode_can_end(
     assert t.reward == (0.0 if status == "scored" else None)
 
 
+def test_what_an_alarm_stops_is_no_failure_of_the_sandbox(
+    loop: asyncio.Runner, sandboxes: SandboxEngine, nano_tokenizer: Any, chat: Chat, plain: tuple[Mount, ...]
+) -> None:
+    policy, limits = ScriptedPolicy(chat, "done"), msgspec.structs.replace(LIMITS, command="xmrig -o pool:3333; exit 0")
+    t = play(loop, sandboxes, nano_tokenizer, policy, limits, plain, AlarmRules(miner="stop"))
+    assert (t.status, t.reward) == ("stopped_by_alarm", None)
+    assert "miner" in str(t.cause)
+    (result,) = t.results
+    assert [(a.rule, a.action) for a in result.alarms] == [("miner", "stop")]
+
+
 @pytest.mark.skipif(
     not Path(f"/usr/bin/python3.{sys.version_info.minor}").exists(),
     reason="the sandbox's own Python is of another version than the packages",
 )
 def test_the_bare_openai_client_completes_a_task(
-    loop: asyncio.Runner, sandboxes: SandboxEngine, nano_tokenizer: Any, chat: Chat
+    loop: asyncio.Runner, sandboxes: SandboxEngine, nano_tokenizer: Any, chat: Chat, tmp_path: Path
 ) -> None:
-    packages = Path(openai.__file__).parent.parent
+    packages = copy_packages("openai", tmp_path / "packages")
     mounts = (Mount(str(ROOT / "examples" / "openai_client"), "/agent"), Mount(str(packages), "/packages"))
     policy = ScriptedPolicy(chat, render("ls"), render("echo yes > a.txt"), "done")
     t = play(loop, sandboxes, nano_tokenizer, policy, LIMITS, mounts)

@@ -21,7 +21,7 @@ from ale.proxy.server import Proxy, train_mode
 from ale.task import Task
 from ale.testing.random_policy import RandomPolicy
 
-from .conftest import TAGS_TEMPLATE, TOOLS
+from .conftest import TAGS_TEMPLATE, THINKING_TEMPLATE, TOOLS
 
 TASK = Task(id="t", instruction="Go.", files=(), tests=())
 
@@ -105,6 +105,11 @@ class Agent:
             rng.choice(other)["content"] = f"edited {rng.random()}"
             self.lines.append(other)
             await self.ask(other)
+        elif act == "fork":
+            own = [i for i, m in enumerate(line) if m["role"] == "assistant"]
+            other = [*line[: rng.choice(own)], {"role": "user", "content": "Otherwise."}] if own else [*line]
+            self.lines.append(other)
+            await self.ask(other)
         elif act == "compact":
             line[:] = [{"role": "user", "content": f"So far: {len(line)}"}, *line[-2:]]
             while len(line) > 1 and line[1]["role"] == "tool":
@@ -162,6 +167,7 @@ ACTS = (
     "parallel",
     "retry",
     "edit",
+    "fork",
     "compact",
     "sub-agent",
     "white space",
@@ -173,12 +179,12 @@ ACTS = (
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(acts=st.lists(st.sampled_from(ACTS), min_size=1, max_size=14), seed=st.integers(0, 2**32))
 def test_every_token_on_record_is_one_that_was_sampled_and_is_trained_once(
     nano_path: Any, acts: list[str], seed: int
 ) -> None:
-    policy, proxy = made(nano_path, TAGS_TEMPLATE if seed % 2 else None)
+    policy, proxy = made(nano_path, (None, TAGS_TEMPLATE, THINKING_TEMPLATE)[seed % 3])
 
     async def scenario() -> None:
         async with proxy.episode("g/0", sampling=Sampling(seed=seed % 1000)) as episode:
@@ -206,5 +212,6 @@ def made(path: Any, template: str | None) -> tuple[RandomPolicy, Proxy]:
         tokenizer.chat_template = template
     calls = tokenizer('<tool_call>{"name": "bash", "arguments": {"command": "ls"}}</tool_call>').input_ids
     fence = tokenizer("```bash\nls\n```").input_ids
-    policy = RandomPolicy([*range(len(tokenizer) - 2), *calls, *fence], tokenizer.eos_token_id)
+    thought = tokenizer("<think>oak</think>").input_ids
+    policy = RandomPolicy([*range(len(tokenizer) - 2), *calls, *fence, *thought], tokenizer.eos_token_id)
     return policy, Proxy(train_mode(policy, tokenizer, places=2), "m")

@@ -17,7 +17,7 @@ from typing import Any
 import ale
 from ale.agent.context import Context
 from ale.agent.environment import Environment
-from ale.agent.events import AnyEvent, Delegated, Listener, Noticed, Said, Started
+from ale.agent.events import AnyEvent, Compacted, Delegated, Listener, Noticed, Said, Started
 from ale.agent.guard import guard_hook
 from ale.agent.hooks import Hook, Hooks, open_hook
 from ale.agent.loop import Agent, Outcome
@@ -92,7 +92,13 @@ async def open_agent(
         for name, server in settings.mcp.items():
             added += await stack.enter_async_context(open_mcp(name, server))
         workspace = await stack.enter_async_context(
-            open_workspace(directory, settings.sandbox, keep=session.kept, outputs=session.outputs)
+            open_workspace(
+                directory,
+                settings.sandbox,
+                keep=session.kept,
+                outputs=session.outputs,
+                secret=(settings.model.key_env,),
+            )
         )
         office = _Office(directory, settings, model, workspace, Toolbox(added), configured, counter, session.outputs)
         agent = await office.agent(session, listener, ask=ask, on_text=on_text, resumed=resumed)
@@ -190,10 +196,21 @@ class _Office:
                 parent=parent,
             )
         )
+        system = Message("system", system_prompt(settings, toolbox.names(), surroundings, memory.text(), sub=sub))
         if resumed is None:
-            said = system_prompt(settings, toolbox.names(), surroundings, memory.text(), sub=sub)
-            context.add(system := Message("system", said))
+            context.add(system)
             emit(Said(message=system))
+        elif resumed.workspace != settings.sandbox.kind:  # what it was told of where it works holds no more
+            before = await context.tokens()
+            context.messages = [system, *(m for m in context.messages if m.role != "system")]
+            emit(
+                Compacted(
+                    how="moved",
+                    messages=tuple(context.messages),
+                    tokens_before=before,
+                    tokens_after=await context.tokens(),
+                )
+            )
         if not self._counter.exact and not sub:
             emit(Noticed(about="context", text=_ESTIMATED))
         agent = Agent(

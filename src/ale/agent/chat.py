@@ -17,7 +17,7 @@ class Chat:
     """Renders the start of an episode and what follows each of the policy's turns, for one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer names no end-of-turn token (eos_token)")
         self.end: int = tokenizer.eos_token_id
@@ -40,7 +40,7 @@ class Chat:
     def text(self, tokens: list[int]) -> str:
         """What the policy said, without the end-of-turn token."""
         said = tokens[:-1] if tokens and tokens[-1] == self.end else tokens
-        return str(self._tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def spoken(self, text: str) -> list[int]:
         """The tokens of a turn that the policy would have sampled to say `text`: for demonstrations."""
@@ -58,7 +58,7 @@ class Chat:
                 break
         else:
             raise ModelError("the chat template rewrites earlier turns when a tool result follows; it cannot be used")
-        eos: str = self._tokenizer.eos_token
+        eos: str = self.tokenizer.eos_token
         _, found, tail = history.rpartition(eos)
         if not found:
             raise ModelError(f"the chat template does not end an assistant turn with the eos token {eos!r}")
@@ -67,7 +67,7 @@ class Chat:
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # templates raise whatever they like
@@ -77,7 +77,7 @@ class Chat:
         return str(text)
 
     def _template(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _outside(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)

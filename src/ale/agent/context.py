@@ -28,6 +28,7 @@ _SUMMARISE = """\
 The dialogue becomes too long and will be replaced by your summary. Write down all that is needed to go on without \
 it: what was found out (with paths, names, commands and exact values), what was done and checked, what failed and why, \
 what is under way, and what is left to do. Do not call a tool."""
+_SHORTER = "Your last attempt was too long and was cut: use at most half as many words, the most important first."
 
 Keep = Callable[[str], Awaitable[str]]
 
@@ -159,16 +160,26 @@ class Context:
         asked = Message("user", _SUMMARISE)
         shown = await self._shown_with(asked)
         reply = await model.complete(Request(shown, self._tools, calls_allowed=False))
+        usage = reply.usage
+        if reply.finish == "length":  # what it left out would be lost without a word
+            shown = await self._shown_with(Message("user", f"{_SUMMARISE} {_SHORTER}"))
+            reply = await model.complete(Request(shown, self._tools, calls_allowed=False))
+            usage = reply.usage if usage is None else usage + (reply.usage or Usage())
         summary = reply.message.content.strip()
         if not summary:
             raise PolicyError(f"{model.name} was asked to sum up the dialogue, and said nothing")
+        if reply.finish == "length":
+            raise PolicyError(
+                f"{model.name} was asked to sum up the dialogue, twice, and was cut at its token limit: raise "
+                "agent.model.max_tokens"
+            )
         head, first = self._head(), self._first_recent()
         if first <= head:  # one turn alone fills the window: nothing of it can stay
             first = len(self.messages)
         self.messages = [*self.messages[:head], Message("user", goal(summary)), *self.messages[first:]]
         if await self.tokens() > self._limit:  # the last messages are themselves too long
             self.messages = self.messages[: head + 1]
-        return reply.usage
+        return usage
 
     async def _shown_with(self, asked: Message) -> tuple[Message, ...]:
         """The dialogue and the question, the longest results cut until they fit where they do not."""

@@ -17,8 +17,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path, PurePosixPath
+
+import msgspec
 
 from ale.agent.events import Settled
 from ale.agent.manifest import Entry, Manifest, Stamps, entry_at, stamps, take
@@ -294,15 +296,31 @@ async def open_copied(directory: Path, settings: SandboxSettings, *, keep: Path)
     """Copies `directory` into a sandbox; inside it has the same path where that is possible, else /workspace."""
     spec = _spec(directory, settings, keep)
     await asyncio.to_thread(keep.mkdir, parents=True, exist_ok=True)
-    try:
-        # Read before it is copied: what the user writes in between is then a conflict, not lost.
-        seen, before = await asyncio.to_thread(stamps, directory), await asyncio.to_thread(take, directory)
-    except OSError as error:
-        raise SandboxError(f"the workspace {directory} cannot be read: {error}") from error
-    async with open_engine("local") as engine, engine.start(spec) as sandbox:
+    async with AsyncExitStack() as stack:
+        try:
+            # Read before it is copied: what the user writes in between is then a conflict, not lost.
+            seen, before = await asyncio.to_thread(stamps, directory), await asyncio.to_thread(take, directory)
+            odd = [name for name, entry in before.items() if entry.kind == "other"]
+            if odd:  # sockets, pipes, devices: they stay where they are, and no sandbox takes them in
+                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=keep, ignore_cleanup_errors=True))
+                await asyncio.to_thread(_copy_without, set(odd), directory, Path(folder) / "base")
+                spec = msgspec.structs.replace(spec, base=(f"{folder}/base",))
+        except OSError as error:
+            raise SandboxError(f"the workspace {directory} cannot be read: {error}") from error
+        for name in odd:
+            del before[name]
+        engine = await stack.enter_async_context(open_engine("local"))
+        sandbox = await stack.enter_async_context(engine.start(spec))
         yield CopiedWorkspace(directory, spec.workdir, sandbox, before, seen, keep=keep, max_mb=settings.workspace_mb)
     with contextlib.suppress(OSError):
         await asyncio.to_thread(keep.rmdir)  # when nothing was kept
+
+
+def _copy_without(left_out: set[str], directory: Path, target: Path) -> None:
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if os.path.relpath(os.path.join(folder, name), directory) in left_out}
+
+    shutil.copytree(directory, target, symlinks=True, ignore=ignored)
 
 
 def _spec(directory: Path, settings: SandboxSettings, keep: Path) -> SandboxSpec:

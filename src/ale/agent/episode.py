@@ -18,10 +18,11 @@ import numpy as np
 
 from ale.agent.actions import Answer, Call, Malformed, parse, render
 from ale.agent.chat import Chat
+from ale.agent.failure import FAILURES, failure_of
 from ale.audit import Alarm
 from ale.config import AgentConfig
 from ale.envs.env import Env
-from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, SandboxStopped, WorkerDied
+from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, WorkerDied
 from ale.messages import (
     Chunk,
     Demonstration,
@@ -126,17 +127,10 @@ async def run_episode(
                 status, cause = "stopped_by_alarm", f"{alarm.rule}: {alarm.evidence}"
             else:
                 reward = (await env.score()).reward if judge is None else await judge(trajectory())
-    except SandboxStopped as error:
-        status, cause = "stopped_by_alarm", str(error)
-    except SandboxError as error:
-        status, cause = "sandbox_failure", str(error)
-    except (PolicyError, WorkerDied) as error:
-        status, cause = "policy_failure", str(error)
-    except EvaluatorError as error:
-        status, cause = "evaluator_error", str(error)
-    except (TimeoutError, DeadlineExceeded) as error:
-        status = "straggler" if straggler and scope.expired() else "episode_timeout"
-        cause = str(error) or f"longer than {allowed_s:g} s"
+    except FAILURES as error:
+        status, cause = failure_of(error, allowed_s)
+        if status == "episode_timeout" and straggler and scope.expired():
+            status = "straggler"
     finally:
         try:
             await env.close()

@@ -60,9 +60,10 @@ class Said(Event, frozen=True):
 
 
 class Compacted(Event, frozen=True):
-    """The dialogue became shorter: from here on the model sees `messages`."""
+    """The dialogue became shorter, or (`moved`) goes on in another kind of workspace with a system prompt of it:
+    from here on the model sees `messages`."""
 
-    how: Literal["collapsed", "summarised"]
+    how: Literal["collapsed", "summarised", "moved"]
     messages: tuple[Message, ...]
     tokens_before: int
     tokens_after: int

@@ -7,7 +7,7 @@ process tree, and nothing that the agent started outlives it.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -40,10 +40,10 @@ class HostEngine(RockletEngine["HostSandbox"]):
 
 
 class HostSandbox(RockletSandbox):
-    def __init__(self, directory: Path, mark: Path) -> None:
+    def __init__(self, directory: Path, mark: Path, secret: Sequence[str] = ()) -> None:
         shell = next(shell for shell in _SHELLS if os.access(shell, os.X_OK))
         super().__init__(HostEngine(), SandboxSpec(workdir=_NO_WORKDIR, limits=Limits(), label="host"), "agent", shell)
-        self._directory, self._mark = directory, mark
+        self._directory, self._mark, self._secret = directory, mark, frozenset(secret)
 
     async def gather(self) -> None:
         """The directory is there."""
@@ -54,7 +54,8 @@ class HostSandbox(RockletSandbox):
         return os.path.join(self._directory, path)
 
     def _environment(self, command: Command) -> dict[str, str]:
-        return {**os.environ, **command.env, ROOT_MARK: str(self._mark)}
+        own = {name: value for name, value in os.environ.items() if name not in self._secret}
+        return {**own, **command.env, ROOT_MARK: str(self._mark)}
 
     async def _launch(self) -> Processes:
         processes = Processes(self._mark)
@@ -89,9 +90,10 @@ class HostWorkspace:
 
 
 @asynccontextmanager
-async def open_host(directory: Path, *, scratch: Path) -> AsyncIterator[HostWorkspace]:
-    """`scratch` is made when something is kept there; it also marks the processes."""
-    sandbox = HostSandbox(directory, scratch)
+async def open_host(directory: Path, *, scratch: Path, secret: Sequence[str] = ()) -> AsyncIterator[HostWorkspace]:
+    """`scratch` is made when something is kept there; it also marks the processes. `secret`: variables of this process
+    that commands do not get."""
+    sandbox = HostSandbox(directory, scratch, secret)
     try:
         await sandbox.start()
         yield HostWorkspace(directory, str(scratch), sandbox)

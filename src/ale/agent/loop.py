@@ -11,7 +11,6 @@ records one branch of tokens: what is trained is what is deployed.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from ale.agent.clock import Clock
 from ale.agent.context import Context
 from ale.agent.environment import Environment
 from ale.agent.events import SUCCESS, Ended, Listener, Noticed, Said, Status
@@ -29,7 +29,7 @@ from ale.agent.reminders import Reminders, attached
 from ale.agent.settings import HookPoint, Settings
 from ale.agent.todo import Item
 from ale.agent.tools.registry import Final, Toolbox, ToolError
-from ale.agent.workbench import Workbench
+from ale.agent.workbench import Ask, Workbench
 from ale.errors import ConfigError, PolicyError, SandboxError, UserError
 from ale.sandbox.shielded import shielded
 
@@ -161,20 +161,25 @@ class Agent:
             self._emit(settled)
 
     async def _to_the_end(self) -> tuple[Status, str]:
-        limit = asyncio.timeout(self._settings.max_time_s)
+        clock = Clock(self._settings.max_time_s)
+        asked = self._bench.ask
+        if asked is not None:
+            self._bench.ask = _off_the_clock(asked, clock)
         try:
-            async with limit:
-                return await self._turn_by_turn(time.monotonic())
+            async with clock.running():
+                return await self._turn_by_turn(clock)
         except TimeoutError:
-            if not limit.expired():
+            if not clock.expired:
                 raise
             return "time_limit", f"longer than {self._settings.max_time_s:g} s"
         except PolicyError as error:
             return "model_failure", str(error)
         except SandboxError as error:
             return "workspace_failure", str(error)
+        finally:
+            self._bench.ask = asked
 
-    async def _turn_by_turn(self, began: float) -> tuple[Status, str]:
+    async def _turn_by_turn(self, clock: Clock) -> tuple[Status, str]:
         warnings: tuple[str, ...] = ()
         if self._begun is None:
             self._begun = await self._ask_hooks("session_start")
@@ -205,7 +210,7 @@ class Agent:
                     self._tell_results(calls, results, [])
                     return "finished", result.text
             verdict = self._judge(reply, results)
-            lines = await self._reminders.collect(used=tuple(c.name for c in calls), left=self._left(began))
+            lines = await self._reminders.collect(used=tuple(c.name for c in calls), left=self._left(clock))
             lines += (*warnings, *before.warnings, *after.warnings)
             warnings = ()
             if verdict is not None:
@@ -366,15 +371,20 @@ class Agent:
         spent = now.prompt_tokens + now.completion_tokens - before.prompt_tokens - before.completion_tokens
         return max(0, self._most - spent)
 
-    def _left(self, began: float) -> dict[str, float]:
+    def _left(self, clock: Clock) -> dict[str, float]:
         """The share that is left of each budget."""
-        left = {
-            "turns": 1 - self._turns / self._max_turns,
-            "time": 1 - (time.monotonic() - began) / self._settings.max_time_s,
-        }
+        left = {"turns": 1 - self._turns / self._max_turns, "time": clock.left}
         if self._most is not None and self.tokens_left is not None:
             left["tokens"] = self.tokens_left / self._most
         return left
+
+
+def _off_the_clock(ask: Ask, clock: Clock) -> Ask:
+    async def asking(question: str) -> str:
+        with clock.paused():
+            return await ask(question)
+
+    return asking
 
 
 def _decoded(arguments: str) -> dict[str, Any]:

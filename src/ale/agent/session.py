@@ -7,6 +7,7 @@ belongs into a commit or a sandbox.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -50,7 +51,19 @@ class Session:
             raise RunFolderError(f"the session {self.id} is in use by another process.") from error
 
     def write(self, event: AnyEvent) -> None:
-        self._file.write(encode(event) + b"\n")
+        """Whole, or not at all. Raises `RunFolderError` where the disk does not take it."""
+        line, end = encode(event) + b"\n", self._file.tell()
+        try:
+            written = self._file.write(line)
+            if written != len(line):  # the disk was full in the middle of it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)
+            self._file.seek(end)
+            raise RunFolderError(
+                f"the session {self.folder} cannot be written: {error.strerror}. It is whole up to here; make room, "
+                f"then go on with: ale agent --resume {self.id}"
+            ) from error
 
     def close(self) -> None:
         """Idempotent. A session in which nothing happened leaves nothing behind."""
@@ -110,12 +123,14 @@ class Restored(msgspec.Struct, frozen=True):
     usage: Usage
     goal: str
     """The last task."""
+    workspace: str = ""
+    """Where it worked last: "local", "host"."""
 
 
 def restore(path: Path) -> Restored:
     """Raises `RunFolderError`."""
     messages: list[Message] = []
-    usage, goal, begins = Usage(), "", True
+    usage, goal, workspace, begins = Usage(), "", "", True
     for event in read_events(path):
         match event:
             case Said(message=message, usage=cost):
@@ -128,11 +143,13 @@ def restore(path: Path) -> Restored:
                 usage += cost or Usage()
             case Delegated(usage=cost):
                 usage += cost
-            case Started() | Ended():
+            case Started(workspace=kind):
+                workspace, begins = kind, True
+            case Ended():
                 begins = True
             case _:
                 pass
-    return Restored(tuple(_answered(messages)), usage, goal)
+    return Restored(tuple(_answered(messages)), usage, goal, workspace)
 
 
 def _answered(messages: list[Message]) -> Iterator[Message]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
@@ -40,10 +40,10 @@ class Workspace(Protocol):
 
 @asynccontextmanager
 async def open_workspace(
-    directory: Path, settings: SandboxSettings, *, keep: Path, outputs: Path
+    directory: Path, settings: SandboxSettings, *, keep: Path, outputs: Path, secret: Sequence[str] = ()
 ) -> AsyncIterator[Workspace]:
     """`keep`: a folder outside the directory for what must not be lost (the user's former files, conflicts); `outputs`:
-    one for what is too long for the dialogue.
+    one for what is too long for the dialogue. `secret`: variables of this process that commands do not get.
 
     Raises `SandboxUnavailable` with the cure, and `SandboxError`.
     """
@@ -56,5 +56,5 @@ async def open_workspace(
         case "host":
             from ale.agent.host import open_host
 
-            async with open_host(directory, scratch=outputs) as host:
+            async with open_host(directory, scratch=outputs, secret=secret) as host:
                 yield host

@@ -1,4 +1,4 @@
-"""Procedural terminal tasks: ten trained families and three that are never trained on.
+"""Procedural terminal tasks: ten trained families, three that are never trained on, and a small one to be named.
 
 Every task is a pure function of (family, seed). `level` is the number of tool calls of the reference solution, 1 to 6:
 the file to work on is named in the instruction, has to be found, or is named by a chain of hint files. A test compares
@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import msgspec
 
 from ale.config import TasksConfig
-from ale.errors import UserError
+from ale.errors import ConfigError, UserError
 from ale.task import REWARD_FILE, Split, Task, TaskFile
 
 # Three- to five-letter nouns, so that a small tokenizer can hold each as one token.
@@ -31,6 +31,8 @@ WORDS = (  # noqa: SIM905  (a hundred quoted words are no easier to read)
 FOLDERS = ("logs", "data", "docs", "conf", "work", "home")
 EXTENSIONS = ("txt", "md", "log", "csv", "cfg", "dat", "bak", "old")
 LEVELS = ("ERROR", "WARN", "INFO")
+# Draws of a task that has been seen, one after the other, before a family is taken to hold no other.
+_KNOWN_AT_MOST = 10_000
 TYPOS = (("ecoh", "echo"), ("eho", "echo"), ("pritnf", "printf"), ("prnt", "printf"))
 
 _CHECKS = """\
@@ -190,6 +192,14 @@ def chain(d: Draft) -> str:
     return f"Follow the hints from {hops[0]} and write the code to {out}."
 
 
+def note(d: Draft) -> str:
+    """Learned from some dozens of demonstrations: for agents whose every episode costs seconds."""
+    first, second, out = d.rng.sample(WORDS[:12], 3)
+    d.steps.append(f"echo {first} {second} > {out}.txt")
+    d.checks.append(f"is {out}.txt '{first} {second}'")
+    return f"Write {first} {second} to {out}.txt."
+
+
 def append(d: Draft) -> str:
     where, path = d.locate(f"{d.name()}.txt")
     first, word = d.name(), d.name()
@@ -223,13 +233,16 @@ TRAINED: dict[str, Family] = {
     f.__name__: f for f in (copy, edit, count, total, fix, rename, parse, pack, unpack, chain)
 }
 UNSEEN: dict[str, Family] = {f.__name__: f for f in (append, sort, collect)}
+NAMED: dict[str, Family] = {f.__name__: f for f in (note,)}
+"""Drawn only where `tasks.only` names them."""
+FAMILIES = TRAINED | UNSEEN | NAMED
 
 
 def make(family: str, seed: int, split: Split = "train") -> Task:
     """The task of this family and seed; the same on every machine."""
     rng = random.Random(f"{family}/{seed}")
     draft = Draft(rng=rng, names=rng.sample(WORDS, len(WORDS)))
-    instruction = (TRAINED | UNSEEN)[family](draft)
+    instruction = FAMILIES[family](draft)
     condition = " &&\n   ".join(f"{{ {check}; }}" for check in draft.checks)
     files = {path.removeprefix("./"): data for path, data in draft.files.items()}
     script = f'{_CHECKS}if {condition}\nthen reward=1; else reward=0; fi\necho $reward > "$ALE_ROOT{REWARD_FILE}"\n'
@@ -253,8 +266,8 @@ def generate(family: str, count: int, seed: int, split: Split = "train") -> list
     such run of the default sizes holds out. Raises `UserError` for a family that does not exist.
     """
     if family != "all":
-        if family not in TRAINED | UNSEEN:
-            raise UserError(f"There is no family {family!r}; there are: all, {', '.join(TRAINED | UNSEEN)}.")
+        if family not in FAMILIES:
+            raise UserError(f"There is no family {family!r}; there are: all, {', '.join(FAMILIES)}.")
         return [make(family, number, split) for number in range(seed, seed + count)]
     if split == "heldout":
         return list(make_splits(count, 0, seed).heldout)
@@ -273,36 +286,52 @@ class Splits(msgspec.Struct, frozen=True):
     heldout: tuple[Task, ...]
     families: tuple[Task, ...]
     reserved: frozenset[str]
+    trained: tuple[str, ...] = tuple(TRAINED)
 
     def train(self, seed: int) -> Iterator[Task]:
-        """An endless stream of distinct tasks, families in turn, none of them held out."""
+        """A stream of distinct tasks, families in turn, none of them held out. It ends when nothing new is found."""
         rng = random.Random(f"train/{seed}")
         seen = set(self.reserved)
-        while True:
-            families = rng.sample(list(TRAINED), len(TRAINED))
+        known = 0
+        while known < _KNOWN_AT_MOST:
+            families = rng.sample(self.trained, len(self.trained))
             for family in families:
                 task = make(family, rng.randrange(1 << 40), "train")
+                known += 1
                 if task.content_hash not in seen:
+                    known = 0
                     seen.add(task.content_hash)
                     yield task
 
 
-def make_splits(heldout: int, families: int, seed: int) -> Splits:
-    """`heldout` tasks over the trained families and `families` tasks over the unseen ones, all distinct."""
+def make_splits(heldout: int, families: int, seed: int, only: Sequence[str] = ()) -> Splits:
+    """`heldout` tasks over the trained families and `families` tasks over the unseen ones, all distinct. `only`: these
+    families take the place of the trained ones. Raises `ConfigError` for one that there is not, or that is too small.
+    """
+    trained = tuple(only or TRAINED)
+    if unknown := [name for name in trained if name not in FAMILIES]:
+        raise ConfigError(f"tasks.only: there is no family {unknown[0]!r}; there are: {', '.join(FAMILIES)}.")
+    if heldout and families and (both := [name for name in trained if name in UNSEEN]):
+        raise ConfigError(f"tasks.only names {both[0]!r}, which tasks.families keeps unseen: set tasks.families = 0.")
     seen: set[str] = set()
 
     def draw(names: list[str], n: int, split: Split) -> tuple[Task, ...]:
         rng = random.Random(f"{split}/{seed}")
         tasks: list[Task] = []
+        known = 0
         while len(tasks) < n:
             task = make(names[len(tasks) % len(names)], rng.randrange(1 << 40), split)
+            known += 1
             if task.content_hash not in seen:
+                known = 0
                 seen.add(task.content_hash)
                 tasks.append(task)
+            elif known == _KNOWN_AT_MOST:
+                raise ConfigError(f"tasks.heldout is {n}, but {', '.join(names)} give no more than {len(tasks)} tasks.")
         return tuple(tasks)
 
-    held, unseen = draw(list(TRAINED), heldout, "heldout"), draw(list(UNSEEN), families, "families")
-    return Splits(heldout=held, families=unseen, reserved=frozenset(seen))
+    held, unseen = draw(list(trained), heldout, "heldout"), draw(list(UNSEEN), families, "families")
+    return Splits(heldout=held, families=unseen, reserved=frozenset(seen), trained=trained)
 
 
 def _tar(members: dict[str, str]) -> bytes:

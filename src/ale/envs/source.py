@@ -32,7 +32,7 @@ class Source(msgspec.Struct, frozen=True):
 def open_source(config: TasksConfig, seed: int) -> Source:
     """The tasks of a configuration; `seed` orders those for training. Raises `ConfigError` and `TaskFormatError`."""
     if config.source == "procedural":
-        splits = make_splits(config.heldout, config.families, config.seed)
+        splits = make_splits(config.heldout, config.families, config.seed, config.only)
         return Source(train=splits.train(seed), heldout=splits.heldout, families=splits.families)
     if config.source.startswith("gem:"):
         from ale.envs.gem import open_gem

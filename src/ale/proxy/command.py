@@ -18,10 +18,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from ale.agent.failure import FAILURES, failure_of
 from ale.config import AgentConfig, RunConfig
 from ale.envs.terminal import TerminalEnv
-from ale.errors import DeadlineExceeded, EvaluatorError, SandboxError
-from ale.messages import Rollout, Status, Trajectory
+from ale.errors import SandboxError
+from ale.messages import Rollout, Status, ToolResult, Trajectory
 from ale.policy.port import Policy
 from ale.proxy.episode import Episode, Limits
 from ale.proxy.sequences import trajectory
@@ -62,6 +65,8 @@ class CommandAgent:
         reward: float | None = None
         status: Status = "scored"
         cause: str | None = None
+        ended: Completed | None = None
+        result: ToolResult | None = None
         env = self._make_env(rollout.task)
         allowed_s = c.episode_timeout_s
         straggler = rollout.straggler_s is not None and rollout.straggler_s < allowed_s
@@ -83,27 +88,30 @@ class CommandAgent:
             try:
                 async with asyncio.timeout(allowed_s) as scope:
                     instruction = await env.reset()
-                    ended = await self._run(env.sandbox, episode, instruction)
-                    if not episode.usage.requests:
+                    try:
+                        ended = await self._run(env.sandbox, episode, instruction)
+                    finally:
+                        result = _result(c.command, env.sandbox, ended)
+                    alarm = next((alarm for alarm in result.alarms if alarm.action == "stop"), None)
+                    if alarm is not None:
+                        status, cause = "stopped_by_alarm", f"{alarm.rule}: {alarm.evidence}"
+                    elif not episode.usage.requests:
                         status, cause = "agent_failure", f"it asked the model nothing; it ended with {_words(ended)}"
                     elif episode.failed is not None:
                         status, cause = "policy_failure", episode.failed
                     else:
                         reward = (await env.score()).reward
-            except SandboxError as error:
-                status, cause = "sandbox_failure", str(error)
-            except EvaluatorError as error:
-                status, cause = "evaluator_error", str(error)
-            except (TimeoutError, DeadlineExceeded) as error:
-                status = "straggler" if straggler and scope.expired() else "episode_timeout"
-                cause = str(error) or f"longer than {allowed_s:g} s"
+            except FAILURES as error:
+                status, cause = failure_of(error, allowed_s)
+                if status == "episode_timeout" and straggler and scope.expired():
+                    status = "straggler"
             finally:
                 try:
                     await env.close()
                 except SandboxError as error:  # the episode is over, and a cancellation must not turn into an error
                     logger.warning("the environment of %s did not close: %s", rollout.id, error)
         assert episode.tree is not None
-        return trajectory(
+        played = trajectory(
             episode.tree,
             rollout,
             reward=reward,
@@ -112,6 +120,7 @@ class CommandAgent:
             started_version=version,
             duration_s=time.monotonic() - began,
         )
+        return played if result is None else msgspec.structs.replace(played, results=(result,))
 
     async def _run(self, sandbox: Sandbox, episode: Episode, instruction: str) -> Completed | None:
         """Until the program ends, or shortly after the episode is over; None when it had to be ended."""
@@ -145,6 +154,19 @@ class CommandAgent:
                 await asyncio.gather(running, over, return_exceptions=True)
 
 
+def _result(command: str, sandbox: Sandbox, ended: Completed | None) -> ToolResult:
+    """The program itself as one call of the episode's, with all that it tried to reach and what was made of it."""
+    return ToolResult(
+        call=command,
+        output=_words(ended),
+        exit_code=None if ended is None else ended.exit_code,
+        timed_out=False if ended is None else ended.timed_out,
+        duration_s=0.0 if ended is None else ended.duration_s,
+        audit=tuple(sandbox.audit()),
+        alarms=tuple(sandbox.alarms()),
+    )
+
+
 def _words(ended: Completed | None) -> str:
     if ended is None:
         return "its episode"
@@ -162,7 +184,7 @@ async def open_command_agent(
         policy,
         tokenizer,
         places=config.rollout.concurrency,
-        tool_syntax=None if agent.tool_syntax == "template" else agent.tool_syntax,
+        tool_syntax=agent.tool_syntax,
     )
     alone = config.sandbox.kind == "local"  # such a sandbox has no way to a port of the host
     with tempfile.TemporaryDirectory(prefix="ale-proxy-") as folder:

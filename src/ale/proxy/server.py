@@ -13,7 +13,7 @@ import socket as sockets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ale.messages import Sampling
 from ale.policy.port import Policy
@@ -78,17 +78,24 @@ def train_mode(
     tokenizer: Any,
     *,
     places: int = 64,
-    tool_syntax: ToolSyntax | None = None,
+    tool_syntax: ToolSyntax | Literal["template"] = "template",
     turn_deadline_s: float = 600.0,
 ) -> Train:
     """Answers from `policy`, by the chat template of `tokenizer`. `places` requests are at the engine at once.
 
-    `tool_syntax` None: as the chat template writes calls, else a bash fence. Raises `ModelError`.
+    `tool_syntax` is what `syntax_of` takes. Raises `ModelError`.
     """
     template = ChatTemplate(tokenizer)
-    syntax = tool_syntax or ("tags" if template.calls_in_tags else "fence")
+    syntax = syntax_of(template, tool_syntax)
     speech = Speech(syntax, thinks=template.thinks, opens_thought=template.opens_thought)
     return Train(Native(policy, template, speech, Turnstile(places), turn_deadline_s=turn_deadline_s))
+
+
+def syntax_of(template: ChatTemplate, wanted: ToolSyntax | Literal["template"]) -> ToolSyntax:
+    """How calls are written; "template": as the chat template does, and in a bash fence where it knows none."""
+    if wanted != "template":
+        return wanted
+    return "tags" if template.calls_in_tags else "fence"
 
 
 @asynccontextmanager
