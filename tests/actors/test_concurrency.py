@@ -85,7 +85,7 @@ def test_it_settles_where_the_engine_is_full_and_few_wait() -> None:
         async with Supervisor(bus) as supervisor:
             await supervisor.start(Concurrency(episodes, look, lambda: 1000, most=most, adaptive=True))
             work = [asyncio.create_task(episode(n)) for n in range(200)]
-            for _ in range(300):
+            for _ in range(200):
                 await asyncio.sleep(1.0)
                 seen.append(episodes.limit)
             for task in work:

@@ -188,7 +188,7 @@ def test_a_kill_after_any_record_of_a_run_with_extras_drops_each_redundant_rollo
     disk, lives = kill_and_resume(loop, [], **schedule)
     check(disk, lives, 3)
     assert lives[-1].books.dropped["redundant"] > 3 * 2 * 2
-    for kill in range(0, len(disk.journal), 2):
+    for kill in range(0, len(disk.journal), 5):
         again, lives = kill_and_resume(loop, [kill], **schedule)
         check(again, lives, 3)
 

@@ -83,7 +83,7 @@ def test_asynchrony_pays_where_the_tail_is_long_and_the_lag_stays_in_bounds() ->
     sampler = Lognormal(median_s=4.0, tail=20.0, crashes=0.02, solved=0.5)
     node = Node(token_s=0.002, row_s=0.0002, step_s=3.0, sync_s=0.1)
     seen: dict[int, Prediction] = {
-        lag: simulate(configured(groups_per_step=16, concurrency=16, max_lag=lag), node, sampler, updates=20)
+        lag: simulate(configured(groups_per_step=16, concurrency=16, max_lag=lag), node, sampler, updates=12)
         for lag in (0, 2)
     }
     assert seen[2].episodes_per_hour > 1.8 * seen[0].episodes_per_hour
@@ -96,8 +96,8 @@ def test_asynchrony_pays_where_the_tail_is_long_and_the_lag_stays_in_bounds() ->
 def test_redundancy_helps_a_synchronous_run_against_its_tail() -> None:
     sampler = Lognormal(median_s=4.0, tail=20.0, solved=1.0)
     node = Node(step_s=3.0)
-    plain = simulate(configured(groups_per_step=16, concurrency=64), node, sampler, updates=30)
-    extra = simulate(configured(groups_per_step=16, concurrency=64, extra_groups=8), node, sampler, updates=30)
+    plain = simulate(configured(groups_per_step=16, concurrency=64), node, sampler, updates=15)
+    extra = simulate(configured(groups_per_step=16, concurrency=64, extra_groups=8), node, sampler, updates=15)
     assert extra.updates_per_hour > 1.5 * plain.updates_per_hour
     assert extra.dropped["redundant"] == pytest.approx(1 / 3, abs=0.02)
 
