@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 
 from ale.errors import DeadlineExceeded, PolicyError
-from ale.messages import Generate, Turn
+from ale.messages import EngineStatistics, Generate, Turn
 from ale.policy.port import OpenPolicy
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ class TurnwisePolicy:
     @property
     def version(self) -> int:
         return self._policy.version
+
+    async def statistics(self) -> EngineStatistics:
+        return await self._policy.statistics()
 
     def counters(self) -> dict[str, float]:
         return self._policy.counters() | {"turns_restarted": float(self.restarted)}
