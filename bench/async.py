@@ -35,7 +35,8 @@ from typing import Any
 
 import msgspec
 
-from ale.config import RunConfig, load
+from ale.config import RunConfig
+from ale.config_file import load
 from ale.envs.env import Env, Step
 from ale.envs.grade import grade
 from ale.envs.source import open_source

@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 from ale.actors.trainer import Update
-from ale.config import load
+from ale.config_file import load
 from ale.pipeline import train
 from bench.harness import ROOT, Benchmark, Mismatch, Row, commit, held_out, machine
 

@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from ale.config import load
+from ale.config_file import load
 from ale.pipeline import train
 from ale.progress import Summary
 from bench.harness import ROOT, benchmark

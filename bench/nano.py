@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from ale.config import load
+from ale.config_file import load
 from ale.pipeline import train
 from ale.progress import Rate, Summary
 from bench.harness import RESULTS, ROOT, Benchmark, Row, held_out

@@ -19,7 +19,8 @@ from typing import Any
 
 import msgspec
 
-from ale.config import RunConfig, load
+from ale.config import RunConfig
+from ale.config_file import load
 from ale.envs.families import make_splits
 from ale.envs.grade import grade
 from ale.envs.terminal import TerminalEnv

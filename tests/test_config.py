@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ale.config import RunConfig, dump, load, parse
+from ale.config import RunConfig
+from ale.config_file import dump, load, parse
 from ale.errors import ConfigError
 
 

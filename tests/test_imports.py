@@ -23,7 +23,7 @@ LAYERS = (
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub", "player"},
     {"supervisor", "life", "worker", "actor", "bus", "inbox", "topic", "mailbox", "waiting", "unnamed"}
     | {"process", "serving", "testing", "virtual_clock"},
-    {"tape", "messages", "task", "config", "progress", "errors", "wire", "audit", "vitals", "heart"},
+    {"tape", "messages", "task", "config", "config_file", "progress", "errors", "wire", "audit", "vitals", "heart"},
 )
 # Torch and Triton alone: could be lifted out. Only these call it.
 KERNELS, CALLERS = "kernels", {"learner", "policy", "algorithm", "models", "kernels"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ale.config import load
+from ale.config_file import load
 from ale.pipeline import train
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from ale.algorithm.objectives import objective
 from ale.cli import app
 from ale.commands.plan import parse_devices
-from ale.config import RunConfig, load, parse
+from ale.config import RunConfig
+from ale.config_file import load, parse
 from ale.errors import ConfigError
 from ale.learner.batch import split
 from ale.learner.forward import action_logp

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ale.config import load
+from ale.config_file import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

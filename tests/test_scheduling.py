@@ -16,7 +16,8 @@ from ale.actors.episodes import Episodes, HeardPolicy
 from ale.agent.actions import render
 from ale.agent.chat import Chat
 from ale.bus import Bus
-from ale.config import AgentConfig, load
+from ale.config import AgentConfig
+from ale.config_file import load
 from ale.envs.grade import grade
 from ale.envs.terminal import TerminalEnv
 from ale.messages import OpenEngine, Rollout, Sampling

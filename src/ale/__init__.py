@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ale.actors.trainer import Update as Update
     from ale.config import RunConfig as RunConfig
-    from ale.config import load as load
-    from ale.config import parse as parse
+    from ale.config_file import load as load
+    from ale.config_file import parse as parse
     from ale.embedding import Training as Training
     from ale.embedding import open_run as open_run
     from ale.envs.env import Step as Step
@@ -40,11 +40,11 @@ _HOME = {
     "Trajectory": "messages",
     "Update": "actors.trainer",
     "UserError": "errors",
-    "load": "config",
+    "load": "config_file",
     "make": "task_env",
     "make_async": "task_env",
     "open_run": "embedding",
-    "parse": "config",
+    "parse": "config_file",
 }
 __all__ = [*_HOME]
 

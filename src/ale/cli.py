@@ -362,7 +362,7 @@ def _console() -> Console:
 def _load(
     path: Path, overrides: list[str] | None, name: str | None, seed: int | None, sandbox: str | None
 ) -> RunConfig:
-    from ale.config import load
+    from ale.config_file import load
 
     options = {"name": name, "seed": seed, "sandbox.kind": sandbox}
     given = [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]

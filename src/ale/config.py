@@ -1,23 +1,14 @@
-"""The configuration of a run: flat frozen structs, read from TOML. An unknown field is an error that names the field.
-
-run = load("examples/nano.toml", ["seed=1", "rollout.max_lag=0"])
-"""
+"""The configuration of a run: flat frozen structs; `config_file.py` reads them."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import re
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from ale.audit import Action, RuleName
-from ale.errors import ConfigError
 
 Baseline = Literal["none", "signed", "group_mean", "group_norm", "leave_one_out"]
 Precision = Literal["float32", "bfloat16"]
@@ -28,11 +19,11 @@ ObjectiveName = Literal["ipa", "baseline", "token", "topr", "grpo", "gspo"]
 _SILENCES = 3
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
 
-class ModelConfig(_Section, frozen=True):
+class ModelConfig(Section, frozen=True):
     """`path` is a local Hugging Face directory, or "nano": a tiny Qwen3-MoE made for the run."""
 
     path: str = "nano"
@@ -45,7 +36,7 @@ class ModelConfig(_Section, frozen=True):
     """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
 
-class PolicyConfig(_Section, frozen=True):
+class PolicyConfig(Section, frozen=True):
     """What samples the tokens: "embedded", the engine that comes with ale; "vllm", vLLM servers that the run starts,
     keeps alive and ends; "server", vLLM servers of others at `urls` (docs/vllm.md). Only `turn_deadline_s` is of use
     for the embedded one."""
@@ -80,7 +71,7 @@ class PolicyConfig(_Section, frozen=True):
     """How often each server is brought back before the run gives up."""
 
 
-class TasksConfig(_Section, frozen=True):
+class TasksConfig(Section, frozen=True):
     """Where tasks come from: "procedural", a directory of task directories, "hub:" and a task pack of the hub or
     "human-eval" (all split by `heldout`), or an environment of GEM, "gem:game:GuessTheNumber-v0-easy"."""
 
@@ -96,7 +87,7 @@ class TasksConfig(_Section, frozen=True):
     seed: int = 0
 
 
-class WarmStartConfig(_Section, frozen=True):
+class WarmStartConfig(Section, frozen=True):
     """Supervised updates on a fixed, small set of oracle demonstrations before any reinforcement learning."""
 
     steps: int = 0
@@ -120,7 +111,7 @@ class WarmStartConfig(_Section, frozen=True):
     ends with the last action."""
 
 
-class AgentConfig(_Section, frozen=True):
+class AgentConfig(Section, frozen=True):
     """One episode: what the agent is told and how far it may go.
 
     `kind = "command"`: the agent is a program, started by `command` in the task's sandbox, that asks its model by an
@@ -145,7 +136,7 @@ class AgentConfig(_Section, frozen=True):
     episode_timeout_s: float = 120.0
 
 
-class RolloutConfig(_Section, frozen=True):
+class RolloutConfig(Section, frozen=True):
     """How samples are made. A batch is `groups_per_step` groups of `group_size` rollouts of one task."""
 
     group_size: int = 8
@@ -179,7 +170,7 @@ class RolloutConfig(_Section, frozen=True):
     """The longest wait of the trainer for a batch."""
 
 
-class AlgorithmConfig(_Section, frozen=True):
+class AlgorithmConfig(Section, frozen=True):
     """The objective; names and equations in docs/algorithm.md."""
 
     objective: ObjectiveName = "ipa"
@@ -195,7 +186,7 @@ class AlgorithmConfig(_Section, frozen=True):
     """A control: each rollout gets the reward of another, before filtering, so that there is nothing to learn."""
 
 
-class LearnerConfig(_Section, frozen=True):
+class LearnerConfig(Section, frozen=True):
     """One update makes `epochs` optimizer steps on its batch."""
 
     updates: int = 100
@@ -231,7 +222,7 @@ class LearnerConfig(_Section, frozen=True):
     """Names of the linear layers that get adapters."""
 
 
-class EvalConfig(_Section, frozen=True):
+class EvalConfig(Section, frozen=True):
     temperature: float = 0.0
     every: int = 0
     """Updates between evaluations on the held-out tasks; 0: before and after only."""
@@ -246,7 +237,7 @@ class EvalConfig(_Section, frozen=True):
         return reward > 0 if self.solved_at is None else reward >= self.solved_at
 
 
-class SandboxConfig(_Section, frozen=True):
+class SandboxConfig(Section, frozen=True):
     kind: Literal["local", "docker", "unsafe-process"] = "local"
     image: str | None = None
     """For `docker`: the image that sandboxes are made of, by name or id; pulled if the engine does not have it."""
@@ -258,7 +249,7 @@ class SandboxConfig(_Section, frozen=True):
     """What an alarm does, by rule (docs/sandbox.md); a rule that is not named keeps its default."""
 
 
-class WatchdogConfig(_Section, frozen=True):
+class WatchdogConfig(Section, frozen=True):
     """What a run does about itself when it stands still, or one of its processes dies (docs/why.md)."""
 
     silence_s: float | None = None
@@ -271,7 +262,7 @@ class WatchdogConfig(_Section, frozen=True):
     """How often within an hour an engine that died is started again in its place."""
 
 
-class MetricsConfig(_Section, frozen=True):
+class MetricsConfig(Section, frozen=True):
     """Where numbers go beside metrics.jsonl and TensorBoard (docs/observability.md)."""
 
     prometheus_port: int = 0
@@ -280,7 +271,7 @@ class MetricsConfig(_Section, frozen=True):
     """The most that `timeline.json` may take; 0: none is written."""
 
 
-class RunConfig(_Section, frozen=True):
+class RunConfig(Section, frozen=True):
     """Everything that decides a run. `name` is its folder under `runs_dir`."""
 
     name: str = "run"
@@ -415,97 +406,6 @@ def _check_policy(run: RunConfig) -> None:
         raise ValueError(
             f'algorithm.routing_replay needs policy.kind = "embedded", not "{c.kind}": there the experts are recorded'
         )
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a TOML file, or what the folder of a run says about itself; each override is `section.field=value`, the
-    value as in TOML (or a bare word).
-
-    Raises `ConfigError`, which names the file and the field.
-    """
-    file = Path(path)
-    if folder := file if (file / "config.json").is_file() else None:
-        file = folder / "config.json"
-    try:
-        tree = tomllib.loads(file.read_text()) if folder is None else json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"There is no configuration file {file}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file {file} cannot be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}.") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is damaged: {error}. Put it back as it was.") from error
-    if folder is not None:  # wherever it was moved to
-        tree |= {"name": folder.resolve().name, "runs_dir": str(folder.resolve().parent)}
-    for override in overrides:
-        _override(tree, override)
-    tree.setdefault("name", file.stem)
-    return parse(tree, where=str(file))
-
-
-def parse(tree: dict[str, Any], *, where: str = "configuration") -> RunConfig:
-    """A `RunConfig` from plain data; `where` is named in errors."""
-    _refuse_unknown(tree, RunConfig, where, "")
-    try:
-        return msgspec.convert(tree, RunConfig)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        if " - at `$." in text:
-            said, _, field = text.partition(" - at `$.")
-            raise ConfigError(f"{where}: field {field.rstrip('`')}: {said}.") from error
-        raise ConfigError(f"{where}: {text}.") from error
-
-
-def dump(config: RunConfig) -> bytes:
-    """JSON of every field, defaults included: what `runs/NAME/config.json` holds."""
-    return msgspec.json.format(msgspec.json.encode(config), indent=2)
-
-
-def changed_fields(old: RunConfig, new: RunConfig) -> dict[str, str]:
-    """What differs, by the name of the field: `{"learner.updates": "was 140, is 200"}`."""
-    before, after = _flat(msgspec.to_builtins(old)), _flat(msgspec.to_builtins(new))
-    return {
-        name: f"was {json.dumps(before.get(name))}, is {json.dumps(after.get(name))}"
-        for name in before | after
-        if before.get(name) != after.get(name)
-    }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _refuse_unknown(tree: dict[str, Any], struct: type[msgspec.Struct], where: str, prefix: str) -> None:
-    fields = {f.name: f.type for f in msgspec.structs.fields(struct)}
-    for key, value in tree.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are: {', '.join(fields)}"
-            raise ConfigError(f"{where}: there is no field {prefix}{key}; {hint}")
-        kind = fields[key]
-        if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, _Section):
-            _refuse_unknown(value, kind, where, f"{prefix}{key}.")
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"The override {text!r} is not of the form section.field=value.")
-    try:
-        value: Any = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
-    *sections, field = key.strip().split(".")
-    node = tree
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"The override {text!r} goes into {section!r}, which is a value, not a section.")
-    node[field] = value
 
 
 def _positive(section: msgspec.Struct, name: str, *fields: str) -> None:

@@ -39,6 +39,7 @@ from ale.proxy.script import lines
 from ale.run import Report, Run
 from ale.task import Task
 from ale.waiting import register
+from ale.warm_start import warm_start
 
 # The tokenizer of a new nano model is trained on the text of this many tasks.
 _CORPUS_TASKS = 400
@@ -154,7 +155,7 @@ async def _train(
 
         await run.catch_up(learner, ledger, tell)
         try:
-            await run.warm_start(learner, source, tasks, tell, folder, ledger)
+            await warm_start(run, learner, source, tasks, tell, folder, ledger)
             before, families_before = await evaluate_once("before", 0)
             if books.recorded < books.updates:
                 record(Update.of(books.since[-1]))

@@ -27,7 +27,8 @@ from ale.actors.taped import TapedPolicy
 from ale.actors.trainer import Learner, Trainer, Update
 from ale.agent.chat import Chat
 from ale.bus import Bus
-from ale.config import RunConfig, load
+from ale.config import RunConfig
+from ale.config_file import load
 from ale.data.books import Books
 from ale.data.journal import read_journal
 from ale.data.recording import Entry, Life, Stub, check_recorded, read_recording

@@ -34,12 +34,11 @@ from ale.agent.chat import Chat
 from ale.agent.episode import Judge, demonstrate
 from ale.bus import Bus
 from ale.config import RunConfig
-from ale.data.events import Evaluated, TasksShown
+from ale.data.events import Evaluated
 from ale.data.recording import Life
 from ale.data.run_folder import RunFolder
 from ale.data.task_stream import TaskStream
 from ale.envs.env import MakeEnv
-from ale.envs.source import Source
 from ale.envs.terminal import ProgramEnv, TerminalEnv
 from ale.errors import LearnerError, RunFolderError
 from ale.learner.weights import create_memory
@@ -50,7 +49,6 @@ from ale.messages import (
     Saved,
     SaveModel,
     SaveState,
-    StartPolicyOptimization,
     Trajectory,
 )
 from ale.models.load import load_tokenizer
@@ -65,7 +63,6 @@ from ale.supervisor import Supervisor
 from ale.tape import Tape
 from ale.task import Task
 from ale.waiting import held_up, named, progressed, register
-from ale.warm_start import CHECK_TASKS, Checks, choose_demonstrated, imitation
 
 Report = Callable[[Progress], None]
 Demonstrate = Callable[[Task], Awaitable[tuple[Demonstration, ...]]]
@@ -240,52 +237,6 @@ class Run:
             if number == len(since):
                 await self.policy.load_weights(metrics.version, metrics.slot)
 
-    async def warm_start(
-        self,
-        learner: WorkerProcess,
-        source: Source,
-        tasks: TaskStream,
-        tell: Report,
-        folder: RunFolder,
-        ledger: Ledger,
-    ) -> None:
-        """Supervised updates on demonstrations (eq. 1), then the weights go to the policy. Nothing where that is over;
-        from the checkpoint's step on where it was cut off."""
-        c, books = self.config.warm_start, ledger.books
-        if books.warm:
-            return
-        if c.steps:
-            if books.demonstrations is None:
-                shown = await self.stop.unless(self._demonstrations(tasks, tell))
-                looked_at = tuple(islice(tasks, CHECK_TASKS)) if c.stop_at else ()
-                ledger.book(TasksShown(drawn=tasks.drawn, demonstrations=tuple(shown), looked_at=len(looked_at)))
-            else:
-                await asyncio.to_thread(tasks.go_to, books.drawn - books.looked_at, {})
-                looked_at = tuple(islice(tasks, books.looked_at))
-            checks = Checks.of(c.stop_at, books.rates)
-            for step, request in enumerate(imitation(c, self.config.seed, books.demonstrations or ()), start=1):
-                if step < books.warm_steps:
-                    continue
-                check = checks.due(step)
-                evaluation = c.eval_every > 0 and step % c.eval_every == 0
-                if step > books.warm_steps:
-                    self.stop.check()
-                    metrics = await learner.ask(request, deadline_s=self.config.learner.step_deadline_s)
-                    books.warm_steps = step
-                    progressed(f"step {step} of the warm start")
-                    tell(self.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
-                    if check or evaluation or step == c.steps:
-                        await self.policy.load_weights(metrics.version, metrics.slot)
-                if evaluation:
-                    await self.evaluate_once(source.heldout, f"warm_start_{step}", 0, tell, folder, ledger)
-                if check:
-                    seen = await self.evaluate_once(looked_at, checks.name(step), 0, tell, folder, ledger)
-                    if seen is not None and checks.reached(step, seen.success):
-                        break
-        await learner.ask(StartPolicyOptimization(), deadline_s=self.config.learner.step_deadline_s)
-        books.warm, books.demonstrations = True, ()
-        await self.checkpoint(learner, folder, ledger)
-
     async def optimise(
         self,
         learner: WorkerProcess,
@@ -443,28 +394,8 @@ class Run:
             mounts=tuple(Mount(os.path.abspath(source), target) for source, target in c.agent.mounts.items()),
         )
 
-    async def _demonstrations(self, stream: TaskStream, tell: Report) -> list[Demonstration]:
-        """Reference solutions of training tasks, carried out in sandboxes, a fixed number of each family."""
-        c = self.config.warm_start
-        tasks = choose_demonstrated(stream, c.demonstrations, c.by_family)
-        room = asyncio.Semaphore(self.config.rollout.concurrency)
-        done = 0
-
-        async def one(show: Demonstrate, task: Task) -> tuple[Demonstration, ...]:
-            nonlocal done
-            async with room:
-                shown = await show(task)
-            done += 1
-            progressed(f"{done} demonstrations")
-            tell(self.progress("warm_start", 0, c.steps, {"demonstrations": done}))
-            return shown
-
-        async with self._demonstrator() as show, asyncio.TaskGroup() as group:
-            running = [group.create_task(one(show, task), name=f"demonstrate {task.id}") for task in tasks]
-        return [shown for task in running for shown in task.result()]
-
     @asynccontextmanager
-    async def _demonstrator(self) -> AsyncIterator[Demonstrate]:
+    async def demonstrator(self) -> AsyncIterator[Demonstrate]:
         """What carries out a reference solution: the built-in loop, or the run's own program before an oracle."""
         if self.config.agent.kind == "builtin":
 

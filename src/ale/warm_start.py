@@ -1,21 +1,31 @@
-"""What the warm start decides by itself: which tasks are demonstrated, and when it looks whether it has done enough."""
+"""The warm start: supervised updates on demonstrations, until the policy solves enough of other tasks."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
+from ale.actors.ledger import Ledger
 from ale.config import WarmStartConfig
+from ale.data.events import TasksShown
+from ale.data.run_folder import RunFolder
+from ale.data.task_stream import TaskStream
+from ale.envs.source import Source
 from ale.errors import ConfigError
-from ale.messages import Demonstration, Imitate
+from ale.messages import Demonstration, Imitate, StartPolicyOptimization
+from ale.process import WorkerProcess
 from ale.progress import Rate
+from ale.run import Demonstrate, Report, Run
 from ale.task import Task
+from ale.waiting import progressed
 
 # How often, and on how many training tasks, the warm start looks whether `stop_at` is reached: less often while it is
 # not even halfway there, for a look costs as much as several steps.
 _EVERY = 10
 _EVERY_FAR = 40
-CHECK_TASKS = 64
+_TASKS = 64
 _NAME = "warm_start_check_"
 # Tasks looked at for each demonstration wanted, before the stream is said to lack them.
 _LOOK_AT_MOST = 50
@@ -87,3 +97,71 @@ def imitation(config: WarmStartConfig, seed: int, demonstrations: Sequence[Demon
             learning_rate=config.learning_rate * min(1.0, step / _WARM_UP_STEPS),
             weight_decay=config.weight_decay,
         )
+
+
+async def warm_start(
+    run: Run,
+    learner: WorkerProcess,
+    source: Source,
+    tasks: TaskStream,
+    tell: Report,
+    folder: RunFolder,
+    ledger: Ledger,
+) -> None:
+    """Supervised updates on demonstrations (eq. 1), then the weights go to the policy. Nothing where that is over;
+    from the checkpoint's step on where it was cut off."""
+    c, books = run.config.warm_start, ledger.books
+    if books.warm:
+        return
+    if c.steps:
+        if books.demonstrations is None:
+            shown = await run.stop.unless(_demonstrations(run, tasks, tell))
+            looked_at = tuple(islice(tasks, _TASKS)) if c.stop_at else ()
+            ledger.book(TasksShown(drawn=tasks.drawn, demonstrations=tuple(shown), looked_at=len(looked_at)))
+        else:
+            await asyncio.to_thread(tasks.go_to, books.drawn - books.looked_at, {})
+            looked_at = tuple(islice(tasks, books.looked_at))
+        checks = Checks.of(c.stop_at, books.rates)
+        for step, request in enumerate(imitation(c, run.config.seed, books.demonstrations or ()), start=1):
+            if step < books.warm_steps:
+                continue
+            check = checks.due(step)
+            evaluation = c.eval_every > 0 and step % c.eval_every == 0
+            if step > books.warm_steps:
+                run.stop.check()
+                metrics = await learner.ask(request, deadline_s=run.config.learner.step_deadline_s)
+                books.warm_steps = step
+                progressed(f"step {step} of the warm start")
+                tell(run.progress("warm_start", step, c.steps, {"loss": metrics.loss}))
+                if check or evaluation or step == c.steps:
+                    await run.policy.load_weights(metrics.version, metrics.slot)
+            if evaluation:
+                await run.evaluate_once(source.heldout, f"warm_start_{step}", 0, tell, folder, ledger)
+            if check:
+                seen = await run.evaluate_once(looked_at, checks.name(step), 0, tell, folder, ledger)
+                if seen is not None and checks.reached(step, seen.success):
+                    break
+    await learner.ask(StartPolicyOptimization(), deadline_s=run.config.learner.step_deadline_s)
+    books.warm, books.demonstrations = True, ()
+    await run.checkpoint(learner, folder, ledger)
+
+
+async def _demonstrations(run: Run, stream: TaskStream, tell: Report) -> list[Demonstration]:
+    """Reference solutions of training tasks, carried out in sandboxes, a fixed number of each family."""
+    c = run.config.warm_start
+    tasks = choose_demonstrated(stream, c.demonstrations, c.by_family)
+    room = asyncio.Semaphore(run.config.rollout.concurrency)
+    done = 0
+
+    async def one(show: Demonstrate, task: Task) -> tuple[Demonstration, ...]:
+        nonlocal done
+        async with room:
+            shown = await show(task)
+        done += 1
+        progressed(f"{done} demonstrations")
+        tell(run.progress("warm_start", 0, c.steps, {"demonstrations": done}))
+        return shown
+
+    async with run.demonstrator() as show, asyncio.TaskGroup() as group:
+        running = [group.create_task(one(show, task), name=f"demonstrate {task.id}") for task in tasks]
+    return [shown for task in running for shown in task.result()]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ale.config import load
+from ale.config_file import load
 from ale.data.books import LedgerStatistics
 from ale.data.events import Began, RolloutKept, Updated
 from ale.data.journal import FORMAT, Journal, read_journal

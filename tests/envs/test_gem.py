@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ale.config import TasksConfig, load
+from ale.config import TasksConfig
+from ale.config_file import load
 from ale.envs.env import Env
 from ale.envs.gem import INSTALL, Game, gem_source
 from ale.envs.gem_players import guess_the_number, player_for

@@ -23,7 +23,7 @@ def replay(
     """
     import msgspec
 
-    from ale.config import load
+    from ale.config_file import load
     from ale.data.recording import check_recorded
     from ale.data.run_log import RunLog
     from ale.embedding import load_pipeline

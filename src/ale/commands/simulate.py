@@ -53,7 +53,7 @@ def simulate(
 
     Nothing is computed, so it takes seconds, and the figures are as good as the times that it is given.
     """
-    from ale.config import load
+    from ale.config_file import load
     from ale.simulation import Lognormal, Node, Recorded, simulate
 
     sampler: Sampler

@@ -25,7 +25,8 @@ import numpy as np
 import orjson
 
 import ale
-from ale.config import RunConfig, changed_fields, dump, parse
+from ale.config import RunConfig
+from ale.config_file import changed_fields, dump, parse
 from ale.data.board import Board
 from ale.data.books import Books
 from ale.data.checkpoints import Checkpoint, Checkpoints, freeze
