@@ -76,7 +76,7 @@ class TasksConfig(Section, frozen=True):
     "human-eval" (all split by `heldout`), or an environment of GEM, "gem:game:GuessTheNumber-v0-easy"."""
 
     source: str = "procedural"
-    only: tuple[str, ...] = ()
+    only: list[str] = []
     """The procedural families to train on and hold out, as ["copy", "count"]; empty: the ten that are meant for it."""
     heldout: int = 200
     families: int = 60
