@@ -303,6 +303,7 @@ class RunConfig(Section, frozen=True):
         _check_policy(self)
         _check_threads(self)
         _check_tasks(self.tasks)
+        _check_metrics(self.metrics)
         _positive(self.sandbox, "sandbox", "memory_mb", "pids")
         if self.sandbox.kind == "docker" and self.sandbox.image is None:
             raise ValueError('sandbox.kind = "docker" needs sandbox.image: what the sandboxes are made of')
@@ -338,7 +339,6 @@ class RunConfig(Section, frozen=True):
             (self.watchdog.heartbeat_s, "watchdog.heartbeat_s"),
             (self.watchdog.restarts, "watchdog.restarts"),
             (self.metrics.timeline_mb, "metrics.timeline_mb"),
-            (self.metrics.prometheus_port, "metrics.prometheus_port"),
         ):
             if not value >= 0:  # TOML knows nan
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -400,6 +400,13 @@ def _check_tasks(tasks: TasksConfig) -> None:
     if tasks.only and tasks.source != "procedural":
         raise ValueError(
             f'tasks.only names procedural families, but tasks.source is "{tasks.source}": leave one of them out'
+        )
+
+
+def _check_metrics(metrics: MetricsConfig) -> None:
+    if not 0 <= metrics.prometheus_port < 1 << 16:
+        raise ValueError(
+            f"metrics.prometheus_port must be a port, 1 to 65535, or 0 for none, got {metrics.prometheus_port}"
         )
 
 
