@@ -29,7 +29,7 @@ vllm := env("VLLM_VENV", justfile_directory() / ".venv-vllm")
 # Run the tests that every change has to pass, two files at a time
 [no-exit-message]
 @test *args: setup
-    python -m pytest -m "not full" -n 2 --dist loadfile {{ args }}
+    python -m pytest -m "not full" -n 2 --dist loadfile --no-loadscope-reorder {{ args }}
 
 # Run all tests, the slow ones too
 [no-exit-message]
