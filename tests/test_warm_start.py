@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ale.config import RunConfig, WarmStartConfig
+from ale.data.task_stream import TaskStream
+from ale.errors import EvaluatorError
 from ale.progress import Rate
-from ale.warm_start import Checks
+from ale.task import Task
+from ale.warm_start import Checks, _demonstrations
 
 
 def looks(success_at: dict[int, float], checks: Checks, begin: int = 1) -> list[int]:
@@ -36,3 +48,18 @@ def test_a_resumed_warm_start_looks_at_the_same_steps() -> None:
     resumed = Checks.of(0.35, rates)
     assert resumed.due(120), "the step of the last look is passed again"
     assert looks(rising, resumed, begin=121) == [130, 140, 150]
+
+
+def test_a_solution_that_cannot_be_shown_ends_the_run_with_that_reason() -> None:
+    async def fail(task: Task) -> Any:
+        raise EvaluatorError(f"the reference solution of {task.id} gets the reward 0")
+
+    @asynccontextmanager
+    async def demonstrator() -> AsyncIterator[Any]:
+        yield fail
+
+    config = RunConfig(warm_start=WarmStartConfig(steps=1, demonstrations=2))
+    run = cast("Any", SimpleNamespace(config=config, demonstrator=demonstrator))
+    tasks = TaskStream(iter([Task(id=name, solution=("ls",)) for name in "ab"]))
+    with pytest.raises(EvaluatorError, match="solution of a gets the reward 0"):
+        asyncio.run(_demonstrations(run, tasks, lambda progress: None))
