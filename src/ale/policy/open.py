@@ -142,15 +142,27 @@ def _scratch(weights_dir: str) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{_PREFIX}*"):
             _remove_unless_used(left)
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).absolute()
+        path, lock = _locked_directory(parent)
     except OSError as error:
         raise ConfigError(f"policy.weights_dir: {parent} cannot be written: {error}.") from error
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_directory(parent: Path) -> tuple[Path, int]:
+    """A new one and the descriptor that holds its lock. Another run may have taken it for a dead one's before that."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).absolute()
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return path, lock
         os.close(lock)
 
 
