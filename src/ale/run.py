@@ -152,9 +152,8 @@ class Run:
             learning = Learning(self._weights, self._slots, partial(self._save, learner))
         async with AsyncExitStack() as stack:
             engine = await stack.enter_async_context(open_policy(self.config, model, learning))
-            if isinstance(engine, EmbeddedPolicy):
-                watching = self._supervisor.spawn(engine.engine.watch(), name="engine_watch")
-                stack.push_async_callback(self._supervisor.stop, watching)
+            watching = self._supervisor.spawn(engine.watch(), name="engine_watch")
+            stack.push_async_callback(self._supervisor.stop, watching)
             c = self.config.rollout
             if self.config.model.pool is not None:
                 assert isinstance(engine, EmbeddedPolicy)  # the configuration sees to it

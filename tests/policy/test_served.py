@@ -371,6 +371,26 @@ def test_a_server_whose_engine_is_stuck_is_started_again(ask: Ask, tmp_path: Pat
     run(scenario())
 
 
+def test_whoever_owns_the_policy_is_told_when_no_server_is_left(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            ScriptedVllm() as one,
+            ScriptedVllm() as two,
+            policy_of(tmp_path / "model", one, two, restarts=0) as policy,
+        ):
+            watching = asyncio.create_task(policy.watch())
+            await one.stop()
+            policy._replicas[0].suspect()
+            await policy._replicas[0].until_gone()
+            assert not watching.done()
+            await two.stop()
+            policy._replicas[1].suspect()
+            with pytest.raises(WorkerDied, match="no vLLM server is left"):
+                await watching
+
+    run(scenario())
+
+
 def test_a_server_of_ours_that_cannot_start_says_its_last_words(tmp_path: Path) -> None:
     async def scenario() -> None:
         command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]

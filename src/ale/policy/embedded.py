@@ -54,6 +54,9 @@ class EmbeddedPolicy:
     def counters(self) -> dict[str, float]:
         return {}
 
+    async def watch(self) -> None:
+        await self.engine.watch()
+
     async def set_threads(self, threads: int) -> None:
         self._threads = SetThreads(threads=threads)
         await self.engine.ask(self._threads, deadline_s=_CONTROL_DEADLINE_S)
@@ -85,7 +88,7 @@ async def open_embedded(
     """Starts the engine's process and ends it on leaving. Raises `ModelError` when the model cannot be used.
 
     `restarts`: how often within an hour one that died is started again. Whoever wants one killed that says nothing for
-    `heartbeat_s` runs `policy.engine.watch()`.
+    `heartbeat_s` runs `policy.watch()`.
     """
     policy = EmbeddedPolicy(settings, turn_deadline_s, restarts, heartbeat_s)
     async with policy.engine:

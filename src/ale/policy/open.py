@@ -16,7 +16,7 @@ from ale.config import RunConfig
 from ale.errors import ConfigError, WorkerDied
 from ale.messages import OpenEngine
 from ale.policy.embedded import open_embedded
-from ale.policy.port import OpenPolicy
+from ale.policy.port import KeptPolicy
 
 if TYPE_CHECKING:
     from ale.policy.replica import Weights
@@ -34,7 +34,7 @@ class Learning(NamedTuple):
 
 
 @asynccontextmanager
-async def open_policy(config: RunConfig, model: Path, learning: Learning | None) -> AsyncIterator[OpenPolicy]:
+async def open_policy(config: RunConfig, model: Path, learning: Learning | None) -> AsyncIterator[KeptPolicy]:
     """Its weights are those of `model`, version 0, until others are loaded. Raises `UserError` for what cannot be."""
     if config.policy.kind == "embedded":
         settings = OpenEngine(
@@ -59,7 +59,7 @@ async def open_policy(config: RunConfig, model: Path, learning: Learning | None)
 
 
 @asynccontextmanager
-async def _open_served(config: RunConfig, model: Path, learning: Learning | None) -> AsyncIterator[OpenPolicy]:
+async def _open_served(config: RunConfig, model: Path, learning: Learning | None) -> AsyncIterator[KeptPolicy]:
     try:
         from ale.policy.replica import Replica, Weights
         from ale.policy.served import ServedPolicy

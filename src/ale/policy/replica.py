@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ale.errors import AleError, DeadlineExceeded, PolicyError, WorkerDied
 from ale.policy.vllm_client import Piece, ServerGone, VllmClient
 from ale.policy.vllm_process import ServerProcess
+from ale.waiting import named
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,13 @@ class Replica:
 
     async def until_live(self, version: int) -> None:
         await self._until(lambda: self.up and self.version == version)
+
+    async def until_gone(self) -> AleError:
+        """Until it is gone for good; returns why."""
+        while self._failure is None:
+            with named(f"the end of {self.name}", idle=True):
+                await self._changed.wait()
+        return self._failure
 
     async def _until(self, so: Callable[[], bool]) -> None:
         while not so():
