@@ -25,6 +25,7 @@ from ale.policy.served import ServedPolicy
 from ale.policy.vllm_client import VllmClient
 from ale.policy.vllm_launch import PARENT
 from ale.testing.scripted_vllm import ScriptedVllm, logp_at, token_at, write_weights
+from ale.waiting import register
 
 Ask = Callable[..., Generate]
 DEADLINE_S = 30.0
@@ -367,6 +368,28 @@ def test_a_server_whose_engine_is_stuck_is_started_again(ask: Ask, tmp_path: Pat
         async with own_server(tmp_path, silence_s=1.0) as (replica, policy):
             check(await policy.generate(ask("s", range(5), max_tokens=10)), 5, 10, {0})  # it gives six, then stands
             assert replica.restarted == 1
+
+    run(scenario())
+
+
+def test_servers_that_take_long_to_come_up_are_no_silence_of_the_run(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        write_weights(tmp_path / "model", 0)
+        config = RunConfig(
+            policy=PolicyConfig(kind="server", urls=["http://127.0.0.1:9"], weights_dir=str(tmp_path / "weights"))
+        )
+
+        async def come_up() -> None:
+            async with open_policy(config, tmp_path / "model", None):
+                pass
+
+        coming = asyncio.create_task(come_up())
+        while not register().holds:
+            await asyncio.sleep(0)
+        assert "the vLLM servers to come up" in {waiter.what for waiter in register().named}
+        coming.cancel()
+        await asyncio.wait({coming})
+        assert not register().holds
 
     run(scenario())
 

@@ -17,6 +17,7 @@ from ale.errors import ConfigError, WorkerDied
 from ale.messages import OpenEngine
 from ale.policy.embedded import open_embedded
 from ale.policy.port import KeptPolicy
+from ale.waiting import held_up
 
 if TYPE_CHECKING:
     from ale.policy.replica import Weights
@@ -111,11 +112,12 @@ async def _open_served(config: RunConfig, model: Path, learning: Learning | None
 
         for replica in replicas:
             await stack.enter_async_context(replica.kept())
-        for replica in replicas:
-            try:
-                await replica.until_live(0)
-            except WorkerDied as error:  # a server that never came up: its address, the model or the memory is wrong
-                raise ConfigError(f'policy.kind = "{c.kind}": {error}') from error
+        with held_up("the vLLM servers to come up", release="their start", deadline_s=c.start_deadline_s):
+            for replica in replicas:
+                try:
+                    await replica.until_live(0)
+                except WorkerDied as error:  # it never came up: its address, the model or the memory is wrong
+                    raise ConfigError(f'policy.kind = "{c.kind}": {error}') from error
         yield ServedPolicy(
             replicas,
             export if learning is not None else None,

@@ -128,14 +128,14 @@ class Replica:
 
     async def until_up(self) -> None:
         """Raises what the server ended of, where it is not brought back."""
-        await self._until(lambda: self.up)
+        await self._until(lambda: self.up, "to be up")
 
     async def until_looked_at(self) -> None:
         """Until it is known whether a suspicion is right."""
-        await self._until(lambda: not self._suspected)
+        await self._until(lambda: not self._suspected, "to be looked at")
 
     async def until_live(self, version: int) -> None:
-        await self._until(lambda: self.up and self.version == version)
+        await self._until(lambda: self.up and self.version == version, f"to have version {version}")
 
     async def until_gone(self) -> AleError:
         """Until it is gone for good; returns why."""
@@ -144,11 +144,12 @@ class Replica:
                 await self._changed.wait()
         return self._failure
 
-    async def _until(self, so: Callable[[], bool]) -> None:
+    async def _until(self, so: Callable[[], bool], what: str = "to get there") -> None:
         while not so():
             if self._failure is not None:
                 raise WorkerDied(f"{self.name} is gone for good: {self._failure}") from self._failure
-            await self._changed.wait()
+            with named(f"{self.name} {what}", release="its keeper"):  # whoever asks has a deadline
+                await self._changed.wait()
 
     def _tell(self) -> None:
         self._changed.set()
