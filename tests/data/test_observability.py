@@ -14,7 +14,7 @@ from ale.data.moment import Moment
 from ale.data.timeline import Timeline
 from ale.testing.clock import run
 from ale.vitals import ProcessState, Vitals
-from ale.waiting import named, register, waiting
+from ale.waiting import named, recorded, waiting
 
 MOMENT = Moment(
     at=1.0,
@@ -28,13 +28,15 @@ def test_a_timeline_is_a_chrome_trace_of_waits_and_of_what_processes_use(tmp_pat
     timeline = Timeline(tmp_path / "timeline.json", 1)
 
     async def scenario() -> None:
-        register().recorder = timeline.span
-        async with waiting("a turn", on="process engine"):
+        with recorded(timeline.span):
+            async with waiting("a turn", on="process engine"):
+                await asyncio.sleep(2.0)
+            with named("nothing to do", idle=True):
+                await asyncio.sleep(2.0)
+            with named("the answer of process learner to TrainStep", on="process learner"):
+                await asyncio.sleep(3.0)
+        with named("what comes after the run"):
             await asyncio.sleep(2.0)
-        with named("nothing to do", idle=True):
-            await asyncio.sleep(2.0)
-        with named("the answer of process learner to TrainStep", on="process learner"):
-            await asyncio.sleep(3.0)
 
     run(scenario())
     timeline.sample(MOMENT)

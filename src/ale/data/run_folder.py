@@ -34,6 +34,7 @@ from ale.data.disk import AppendedFile, replace
 from ale.data.events import Began, FileSizes, Resumed
 from ale.data.instruments import Page
 from ale.data.journal import FORMAT, Journal
+from ale.data.moment import NAME as MOMENT
 from ale.data.moment import Moment
 from ale.data.moment import read as read_moment
 from ale.data.moment import write as write_moment
@@ -239,9 +240,14 @@ class RunFolder:
         self.timeline.sample(moment)
         self.timeline.flush()
 
+    def forget_moment(self) -> None:
+        """The last one of an earlier life says nothing of the life that begins, nor of what ends it early."""
+        (self.path / MOMENT).unlink(missing_ok=True)
+
     def end(self, how: str) -> None:
         """The last word on the run's last moment: "done", or the error that ended it."""
         with suppress(OSError, RunFolderError):  # no moment was written, or the disk is full: the error itself is told
+            self.timeline.flush()
             last = read_moment(self.path)
             write_moment(self.path, msgspec.structs.replace(last, ended=how))
 
