@@ -281,7 +281,7 @@ class Run:
     @asynccontextmanager
     async def evaluator(self, evaluate: Callable[[int], Awaitable[object]]) -> AsyncIterator[Evaluator]:
         """Makes evaluations beside training."""
-        async with Supervisor(self._bus) as actors:
+        async with Supervisor(self._bus, on_failure=self.watchdog.freeze) as actors:
             evaluator = Evaluator(evaluate)
             await actors.start(evaluator)
             yield evaluator
