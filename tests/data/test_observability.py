@@ -41,16 +41,18 @@ def test_a_timeline_is_a_chrome_trace_of_waits_and_of_what_processes_use(tmp_pat
     run(scenario())
     timeline.sample(MOMENT)
     timeline.flush()
+    timeline = Timeline(tmp_path / "timeline.json", 1, life=2)  # goes on where the last one ended
     timeline.sample(MOMENT)
-    timeline.flush()  # another life of the run goes on where the last ended
+    timeline.flush()
     text = (tmp_path / "timeline.json").read_text()
     events = json.loads(text.rstrip(",\n") + "]")
     spans = [(e["name"], e["dur"]) for e in events if e["ph"] == "X"]
     assert spans == [("a turn", 2e6)] + 2 * [("the answer of process learner to TrainStep", 3e6)]
     rows = {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert "process learner" in rows
-    counters = [e["args"] for e in events if e["name"] == "memory (MB)"]
-    assert counters == 2 * [{"controller": 100.0, "engine": 800.0}]
+    counters = [(e["pid"], e["args"]) for e in events if e["name"] == "memory (MB)"]
+    assert counters == [(1, {"controller": 100.0, "engine": 800.0}), (2, {"controller": 100.0, "engine": 800.0})]
+    assert {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"} == {1: "life 1", 2: "life 2"}
 
 
 def test_a_timeline_ends_at_its_size_and_says_so(tmp_path: Path) -> None:

@@ -94,7 +94,6 @@ class RunFolder:
         self.books = Books()
         self.checkpoint: Checkpoint | None = None
         """What the learner goes on from."""
-        self.timeline = Timeline(self.path / "timeline.json", config.metrics.timeline_mb)
         self.page = Page(config.name)
         self._open = ExitStack()
         try:
@@ -107,6 +106,7 @@ class RunFolder:
                 self._restore(config, changed)
             else:
                 self.journal.write(Began(format=FORMAT, ale=ale.__version__))
+            self.timeline = Timeline(self.path / "timeline.json", config.metrics.timeline_mb, self.books.lives)
             self.recording = self._closing(Recording(self.path / "recording")) if config.record else None
             self._metrics = self._lines("metrics.jsonl", self.books.sizes.metrics)
             self._trajectories = self._lines("trajectories.jsonl", self.books.sizes.trajectories)
