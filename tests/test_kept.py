@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from ale.config import PolicyConfig, RunConfig, WatchdogConfig
 from ale.errors import LearnerError, RestartBudgetSpent, WorkerDied
 from ale.policy.kept import KeptWorker
+from ale.policy.open import patience_s
 from ale.process import WorkerProcess
 from ale.waiting import register
 
@@ -67,6 +69,28 @@ def test_a_worker_that_keeps_dying_is_given_up_and_whoever_owns_it_is_told() -> 
             assert isinstance(caught.value.__cause__, WorkerDied)
 
     asyncio.run(scenario())
+
+
+def test_a_worker_that_is_given_up_for_its_silence_names_the_fields_that_give_it_more_time() -> None:
+    from echo_worker import Stall
+
+    async def scenario() -> None:
+        async with kept(restarts=0, heartbeat_s=1.0) as it, asyncio.timeout(60):
+            asked = asyncio.create_task(it.ask(Stall(), deadline_s=50))
+            with pytest.raises(RestartBudgetSpent, match=r"1 times it was killed.*1 s.*watchdog.heartbeat_s"):
+                await it.watch()
+            with pytest.raises(WorkerDied):
+                await asked
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_whose_turns_may_take_longer_may_be_longer_at_one_step() -> None:
+    watchdog, turns = WatchdogConfig(heartbeat_s=5.0), PolicyConfig(turn_deadline_s=1200.0)
+    assert patience_s(RunConfig()) == 60.0
+    assert patience_s(RunConfig(policy=turns)) == 600.0
+    assert patience_s(RunConfig(watchdog=watchdog)) == 60.0
+    assert patience_s(RunConfig(watchdog=WatchdogConfig(heartbeat_s=0.0), policy=turns)) == 0.0
 
 
 @pytest.mark.full

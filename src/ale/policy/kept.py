@@ -45,6 +45,8 @@ class KeptWorker:
         self._restarting: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
         self._closed = False
+        self._silent = 0
+        """How many were killed for their silence."""
 
     async def __aenter__(self) -> KeptWorker:
         await self._open()
@@ -102,6 +104,7 @@ class KeptWorker:
             if silent_s > self._heartbeat_s:
                 silent_s = 0.0
                 logger.warning("%s has not moved for %g s and is killed: %s", state.name, self._heartbeat_s, state)
+                self._silent += 1
                 self._worker.kill()
 
     async def _replace(self, worker: WorkerProcess, error: WorkerDied) -> None:
@@ -114,9 +117,14 @@ class KeptWorker:
             while self._restarted and self._restarted[0] <= now - _WINDOW_S:
                 self._restarted.popleft()
             if len(self._restarted) >= self._restarts:
-                self._failure = RestartBudgetSpent(
-                    f"process {worker.name} died, after {self._restarts} restarts within an hour (watchdog.restarts)"
-                )
+                said = f"process {worker.name} died, after {self._restarts} restarts within an hour (watchdog.restarts)"
+                if self._silent:
+                    said += (
+                        f"; {self._silent} times it was killed, for it had finished no step in "
+                        f"{self._heartbeat_s:g} s: a large model may need more (watchdog.heartbeat_s, "
+                        "policy.turn_deadline_s)"
+                    )
+                self._failure = RestartBudgetSpent(said)
                 self._failure.__cause__ = error
                 raise error
             self._restarted.append(now)

@@ -51,12 +51,19 @@ async def open_policy(config: RunConfig, model: Path, learning: Learning | None)
             settings,
             turn_deadline_s=config.policy.turn_deadline_s,
             restarts=config.watchdog.restarts,
-            heartbeat_s=config.watchdog.heartbeat_s,
+            heartbeat_s=patience_s(config),
         ) as policy:
             yield policy
     else:
         async with _open_served(config, model, learning) as served:
             yield served
+
+
+def patience_s(config: RunConfig) -> float:
+    """How long the embedded engine may be at one step: the first of many long prompts takes a large part of a turn, and
+    of a model for which turns were given more time, more. 0: for ever."""
+    heartbeat_s = config.watchdog.heartbeat_s
+    return max(heartbeat_s, config.policy.turn_deadline_s / 2) if heartbeat_s else 0.0
 
 
 @asynccontextmanager
