@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,15 @@ def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE))
 
 
-def kept(**settings: Any) -> KeptWorker:
-    from echo_worker import Echo
+def kept(*, stillborn: Iterable[int] = (), **settings: Any) -> KeptWorker:
+    """`stillborn`: which of its processes, counted from 0, die on their way up."""
+    from echo_worker import Echo, Exit
 
-    env = {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    env, number = {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}, count()
 
     async def bring_up(worker: WorkerProcess) -> None:
+        if next(number) in stillborn:
+            await worker.ask(Exit(code=4), deadline_s=30)
         await worker.ask(Echo(text="up"), deadline_s=30)
 
     return KeptWorker(lambda: WorkerProcess("echo_worker", error=LearnerError, env=env), bring_up, **settings)
@@ -53,6 +58,23 @@ def test_what_a_killed_worker_had_in_hand_is_asked_of_its_successor() -> None:
             assert [answer.text for answer in await asyncio.gather(*asked)] == ["late"] * 3
             assert register().counters["echo_worker_restarts"] == 1
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_dies_on_its_way_up_is_started_again_too() -> None:
+    from echo_worker import Echo
+
+    async def scenario() -> None:
+        async with kept(restarts=2, stillborn=(1,)) as it, asyncio.timeout(60):
+            os.kill(it.worker.pid, signal.SIGKILL)
+            assert (await it.ask(Echo(text="on"), deadline_s=10)).text == "on"
+        async with kept(restarts=1, stillborn=(1,)) as it, asyncio.timeout(60):
+            os.kill(it.worker.pid, signal.SIGKILL)
+            with pytest.raises(WorkerDied, match="could not be started again"):
+                await it.ask(Echo(text="on"), deadline_s=10)
+            with pytest.raises(RestartBudgetSpent, match="after 1 restarts within an hour"):
+                await it.watch()
 
     asyncio.run(scenario())
 
