@@ -111,12 +111,6 @@ class Replica:
         """Something has come of a turn: the engine computes."""
         self._heard = asyncio.get_running_loop().time()
 
-    @property
-    def _silent(self) -> bool:
-        """It answers, but nothing has come of any turn for so long that its engine must be stuck."""
-        silence_s = asyncio.get_running_loop().time() - self._heard
-        return self.server is not None and self.busy > 0 and silence_s > self._silence_s
-
     def want(self, weights: Weights) -> None:
         self._wanted = weights
         self._wake.set()
@@ -201,7 +195,7 @@ class Replica:
 
     async def _serve(self) -> None:
         """As long as the server is there. Raises when it is not."""
-        missed = 0
+        missed, heard, silent_s = 0, self._heard, 0.0
         while True:
             if self.version != self._wanted.version:
                 await self._load()
@@ -217,7 +211,11 @@ class Replica:
                 raise await self.server.death()
             if not (beat or self._suspected):
                 continue
-            if self._silent:
+            # Counted in beats: while this process is stopped, or the machine sleeps, nobody can hear anything.
+            silent_s = silent_s + beat * self._beat_s if self.busy and heard == self._heard else 0.0
+            heard = self._heard
+            # It answers, but nothing has come of any turn for so long that its engine must be stuck.
+            if self.server is not None and silent_s > self._silence_s:
                 raise ServerGone(f"{self.name} has generated nothing for {self._silence_s:g} s, its engine is stuck")
             missed = 0 if await self.client.healthy(_BEAT_DEADLINE_S) else missed + 1
             if missed >= _BEATS_MISSED or (missed and self._suspected):
