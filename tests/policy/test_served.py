@@ -4,6 +4,7 @@ with servers that have a script in place of a model."""
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import select
 import signal
@@ -480,4 +481,22 @@ def test_weights_that_a_killed_run_has_left_are_removed_by_the_next_and_those_in
         assert not left.exists()
         assert one.is_dir()
         assert two.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_another_start_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, taken = fcntl.flock, list[Path]()
+
+    def slow(fd: int, how: int) -> None:
+        if not taken:
+            taken.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+            taken[0].rmdir()
+        flock(fd, how)
+
+    monkeypatch.setattr("ale.policy.open.fcntl.flock", slow)
+    with _scratch(str(tmp_path)) as path:
+        assert path.is_dir()
+        assert path != taken[0]
     assert list(tmp_path.iterdir()) == []

@@ -151,16 +151,31 @@ def _scratch(weights_dir: str) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{_PREFIX}*"):
             _remove_unless_used(left)
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).absolute()
+        while (made := _make_locked(parent)) is None:
+            pass
     except OSError as error:
         raise ConfigError(f"policy.weights_dir: {parent} cannot be written: {error}.") from error
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    path, lock = made
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+def _make_locked(parent: Path) -> tuple[Path, int] | None:
+    """A new directory and the descriptor that locks it; None where a run that starts in the same moment took it for
+    what was left of another, before it was locked, and removed it."""
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).absolute()
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if path.is_dir():
+        return path, lock
+    os.close(lock)
+    return None
 
 
 def _remove_unless_used(path: Path) -> None:
