@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ale.config import RunConfig, WarmStartConfig
+from ale.data.task_stream import TaskStream
+from ale.errors import EvaluatorError
+from ale.messages import Demonstration
 from ale.progress import Rate
-from ale.warm_start import Checks
+from ale.task import Task
+from ale.warm_start import Checks, _demonstrations
 
 
 def looks(success_at: dict[int, float], checks: Checks, begin: int = 1) -> list[int]:
@@ -36,3 +49,21 @@ def test_a_resumed_warm_start_looks_at_the_same_steps() -> None:
     resumed = Checks.of(0.35, rates)
     assert resumed.due(120), "the step of the last look is passed again"
     assert looks(rising, resumed, begin=121) == [130, 140, 150]
+
+
+def test_a_reference_solution_that_does_not_work_is_the_error_of_the_run() -> None:
+    """Not a group of errors, which nobody expects."""
+
+    @asynccontextmanager
+    async def demonstrator() -> AsyncIterator[Any]:
+        async def show(task: Task) -> tuple[Demonstration, ...]:
+            raise EvaluatorError(f"the reference solution of {task.id} gets the reward 0")
+
+        yield show
+
+    run: Any = SimpleNamespace(
+        config=RunConfig(warm_start=WarmStartConfig(demonstrations=2)), demonstrator=demonstrator
+    )
+    tasks = TaskStream(iter([Task(id=f"t{n}", solution=("ls",)) for n in range(4)]))
+    with pytest.raises(EvaluatorError, match="the reference solution of t0"):
+        asyncio.run(_demonstrations(run, tasks, lambda progress: None))

@@ -13,7 +13,7 @@ from ale.data.events import TasksShown
 from ale.data.run_folder import RunFolder
 from ale.data.task_stream import TaskStream
 from ale.envs.source import Source
-from ale.errors import ConfigError
+from ale.errors import ConfigError, first_error
 from ale.messages import Demonstration, Imitate, StartPolicyOptimization
 from ale.process import WorkerProcess
 from ale.progress import Rate
@@ -162,6 +162,10 @@ async def _demonstrations(run: Run, stream: TaskStream, tell: Report) -> list[De
         tell(run.progress("warm_start", 0, c.steps, {"demonstrations": done}))
         return shown
 
-    async with run.demonstrator() as show, asyncio.TaskGroup() as group:
-        running = [group.create_task(one(show, task), name=f"demonstrate {task.id}") for task in tasks]
+    try:
+        async with run.demonstrator() as show, asyncio.TaskGroup() as group:
+            running = [group.create_task(one(show, task), name=f"demonstrate {task.id}") for task in tasks]
+    except ExceptionGroup as errors:
+        error = first_error(errors)
+        raise error from error.__cause__
     return [shown for task in running for shown in task.result()]

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import Counter
 
-from ale.errors import DeadlineExceeded, PolicyError
+from ale.errors import DeadlineExceeded, PolicyError, first_error
 from ale.messages import EngineStatistics, Generate, Turn
 from ale.policy.port import OpenPolicy
 
@@ -80,9 +80,13 @@ class TurnwisePolicy:
     async def _abandon(self) -> None:
         self._abandoned = set(self._turns)
         logger.info("%d turns last longer than %g s and begin again", len(self._abandoned), self._drain_s)
-        async with asyncio.TaskGroup() as group:
-            for session in self._abandoned:
-                group.create_task(self._policy.end_session(session), name=f"abandon the turn of {session}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for session in self._abandoned:
+                    group.create_task(self._policy.end_session(session), name=f"abandon the turn of {session}")
+        except ExceptionGroup as errors:
+            error = first_error(errors)
+            raise error from error.__cause__
         if not await self._drained(_ABANDON_DEADLINE_S):
             raise DeadlineExceeded(f"new weights wait for the turns of {', '.join(self._turns)}", _ABANDON_DEADLINE_S)
 
