@@ -15,6 +15,8 @@ import pytest
 
 from ale.config import PolicyConfig, RunConfig, WatchdogConfig
 from ale.errors import LearnerError, RestartBudgetSpent, WorkerDied
+from ale.messages import OpenEngine
+from ale.policy.embedded import EmbeddedPolicy
 from ale.policy.kept import KeptWorker
 from ale.policy.open import patience_s
 from ale.process import WorkerProcess
@@ -113,6 +115,14 @@ def test_an_engine_whose_turns_may_take_longer_may_be_longer_at_one_step() -> No
     assert patience_s(RunConfig(policy=turns)) == 600.0
     assert patience_s(RunConfig(watchdog=watchdog)) == 60.0
     assert patience_s(RunConfig(watchdog=WatchdogConfig(heartbeat_s=0.0), policy=turns)) == 0.0
+
+
+@pytest.mark.parametrize("heartbeat_s", [60.0, 300.0])
+def test_an_engine_that_is_stuck_is_killed_before_whoever_brings_new_weights_gives_up(heartbeat_s: float) -> None:
+    config = RunConfig(watchdog=WatchdogConfig(heartbeat_s=heartbeat_s))
+    settings = OpenEngine(model="m", weights_fd=None, slots=0, threads=1, rows=1)
+    policy = EmbeddedPolicy(settings, config.policy.turn_deadline_s, 3, patience_s(config))
+    assert policy.control_deadline_s > patience_s(config) + 5
 
 
 @pytest.mark.full
