@@ -258,6 +258,12 @@ def test_the_doctor_looks_at_the_sandbox_and_at_torch(run: Ale) -> None:
         assert re.search(rf"^(ok|warn|fail) +{subject} +\S", seen.out, re.MULTILINE), subject
 
 
+def test_the_doctor_knows_that_the_learner_needs_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_available", lambda: False)
+    found = doctor._learner()
+    assert (found.level, "torch.distributed" in found.said) == ("fail", True)
+
+
 def test_the_doctor_passes_on_what_cures_forbidden_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbid(*args: object, **kwargs: object) -> None:
         raise SandboxUnavailable("say sysctl")

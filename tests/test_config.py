@@ -48,6 +48,9 @@ def test_an_empty_file_is_the_defaults_named_after_the_file(tmp_path: Path) -> N
         ("[rollout]\nstraggler_factor = 1.5", "rollout.straggler_factor must be at least 2, got 1.5"),
         ("[rollout]\nengine_rows = 0", "rollout.engine_rows must be positive, got 0"),
         ("[model]\nthreads = 2\npool = 2", "model.pool is 2, but an update takes model.threads = 2 of it"),
+        ("[model]\npool = 2\n[learner]\nranks = 2", "model.threads = 1 for each of 2 ranks of it"),
+        ("[tasks]\nsource = 'hub:a'\nonly = ['copy']", 'tasks.source is "hub:a": leave one of them out'),
+        ("[metrics]\nprometheus_port = 70000", "metrics.prometheus_port must be a port, 1 to 65535, or 0 for none"),
         ("[rollout]\ntop_k = 0", "rollout.top_k must be at least 1"),
         ("[learner]\nlearning_rate = nan", "learner.learning_rate must not be negative, got nan"),
         ("[learner]\nlearning_rate = inf", "learner.learning_rate must be finite, got inf"),
@@ -141,7 +144,8 @@ def valid(kind: Any) -> st.SearchStrategy[Any]:
 
 # These have bounds of their own.
 BOUNDED: dict[str, st.SearchStrategy[Any]] = {
-    "pool": st.none() | st.integers(10**6 + 1, 10**7),
+    "pool": st.none() | st.integers(10**12 + 1, 10**13),  # threads times ranks
+    "prometheus_port": st.integers(0, 65535),
     "straggler_factor": st.none() | st.floats(2.0, 100.0),
 }
 

@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from ale.config import RunConfig, WarmStartConfig
 from ale.data.task_stream import TaskStream
 from ale.errors import EvaluatorError
-from ale.messages import Demonstration
 from ale.progress import Rate
 from ale.task import Task
 from ale.warm_start import Checks, _demonstrations
@@ -51,19 +50,16 @@ def test_a_resumed_warm_start_looks_at_the_same_steps() -> None:
     assert looks(rising, resumed, begin=121) == [130, 140, 150]
 
 
-def test_a_reference_solution_that_does_not_work_is_the_error_of_the_run() -> None:
-    """Not a group of errors, which nobody expects."""
+def test_a_solution_that_cannot_be_shown_ends_the_run_with_that_reason() -> None:
+    async def fail(task: Task) -> Any:
+        raise EvaluatorError(f"the reference solution of {task.id} gets the reward 0")
 
     @asynccontextmanager
     async def demonstrator() -> AsyncIterator[Any]:
-        async def show(task: Task) -> tuple[Demonstration, ...]:
-            raise EvaluatorError(f"the reference solution of {task.id} gets the reward 0")
+        yield fail
 
-        yield show
-
-    run: Any = SimpleNamespace(
-        config=RunConfig(warm_start=WarmStartConfig(demonstrations=2)), demonstrator=demonstrator
-    )
-    tasks = TaskStream(iter([Task(id=f"t{n}", solution=("ls",)) for n in range(4)]))
-    with pytest.raises(EvaluatorError, match="the reference solution of t0"):
+    config = RunConfig(warm_start=WarmStartConfig(steps=1, demonstrations=2))
+    run = cast("Any", SimpleNamespace(config=config, demonstrator=demonstrator))
+    tasks = TaskStream(iter([Task(id=name, solution=("ls",)) for name in "ab"]))
+    with pytest.raises(EvaluatorError, match="solution of a gets the reward 0"):
         asyncio.run(_demonstrations(run, tasks, lambda progress: None))

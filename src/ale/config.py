@@ -31,7 +31,7 @@ class ModelConfig(Section, frozen=True):
     """Threads of each of the two processes that compute, the engine and the learner."""
     pool: int | None = None
     """Threads that the two share: the engine has all of them while the trainer waits for a batch, and gives `threads`
-    of them up for each update. None: each keeps its own."""
+    of them up for each update (for each rank of the learner). None: each keeps its own."""
     precision: Precision = "float32"
     """Of the large products, in engine and learner; with "bfloat16" weights, sums and optimizer stay float32."""
 
@@ -77,7 +77,8 @@ class TasksConfig(Section, frozen=True):
 
     source: str = "procedural"
     only: list[str] = []
-    """The procedural families to train on and hold out, as ["copy", "count"]; empty: the ten that are meant for it."""
+    """The procedural families to train on and hold out, as ["copy", "count"]; empty: the ten that are meant for it.
+    Procedural tasks only."""
     heldout: int = 200
     families: int = 60
     """Tasks of wholly unseen families, evaluated beside the held-out ones; procedural tasks only."""
@@ -300,13 +301,10 @@ class RunConfig(Section, frozen=True):
         _positive(self.agent, "agent", "max_turns", "max_turn_tokens", "max_context_tokens", "command_timeout_s")
         if self.agent.kind == "command" and not self.agent.command.strip():
             raise ValueError('agent.kind = "command" needs agent.command: the shell command that starts the program')
-        _positive(self.model, "model", "threads")
         _check_policy(self)
-        if self.model.pool is not None and self.model.pool <= self.model.threads:
-            raise ValueError(
-                f"model.pool is {self.model.pool}, but an update takes model.threads = {self.model.threads} of it and "
-                "at least one is the engine's: make the pool larger, or leave it out"
-            )
+        _check_threads(self)
+        _check_tasks(self.tasks)
+        _check_metrics(self.metrics)
         _positive(self.sandbox, "sandbox", "memory_mb", "pids")
         if self.sandbox.kind == "docker" and self.sandbox.image is None:
             raise ValueError('sandbox.kind = "docker" needs sandbox.image: what the sandboxes are made of')
@@ -342,7 +340,6 @@ class RunConfig(Section, frozen=True):
             (self.watchdog.heartbeat_s, "watchdog.heartbeat_s"),
             (self.watchdog.restarts, "watchdog.restarts"),
             (self.metrics.timeline_mb, "metrics.timeline_mb"),
-            (self.metrics.prometheus_port, "metrics.prometheus_port"),
         ):
             if not value >= 0:  # TOML knows nan
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -376,12 +373,42 @@ class RunConfig(Section, frozen=True):
             )
 
     @property
+    def update_threads(self) -> int:
+        """That all ranks of the learner compute with."""
+        return self.model.threads * self.learner.ranks
+
+    @property
     def silence_s(self) -> float:
         """After how much silence the watchdog ends the run; 0: never."""
         longest, given = max(self.agent.episode_timeout_s, self.learner.step_deadline_s), self.watchdog.silence_s
         if given is None:
             return _SILENCES * longest
         return max(given, longest) if given else 0.0
+
+
+def _check_threads(run: RunConfig) -> None:
+    model, ranks = run.model, run.learner.ranks
+    _positive(model, "model", "threads")
+    if model.pool is not None and model.pool <= run.update_threads:
+        each = f" for each of {ranks} ranks" if ranks > 1 else ""
+        raise ValueError(
+            f"model.pool is {model.pool}, but an update takes model.threads = {model.threads}{each} of it and at "
+            "least one is the engine's: make the pool larger, or leave it out"
+        )
+
+
+def _check_tasks(tasks: TasksConfig) -> None:
+    if tasks.only and tasks.source != "procedural":
+        raise ValueError(
+            f'tasks.only names procedural families, but tasks.source is "{tasks.source}": leave one of them out'
+        )
+
+
+def _check_metrics(metrics: MetricsConfig) -> None:
+    if not 0 <= metrics.prometheus_port < 1 << 16:
+        raise ValueError(
+            f"metrics.prometheus_port must be a port, 1 to 65535, or 0 for none, got {metrics.prometheus_port}"
+        )
 
 
 def _check_policy(run: RunConfig) -> None:

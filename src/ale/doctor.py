@@ -170,7 +170,9 @@ def _learner() -> Finding:
         from torch import distributed
     except ImportError:
         return Finding("learner", "warn", "unknown without torch")
-    if not distributed.is_available() or not distributed.is_gloo_available():
+    if not distributed.is_available():
+        return Finding("learner", "fail", "this torch was built without torch.distributed: pip install torch==2.13.0")
+    if not distributed.is_gloo_available():
         return Finding("learner", "ok", "one process only: this torch has no gloo, which learner.ranks needs")
     if not torch.cuda.is_available():
         return Finding("learner", "ok", "one process, or several by gloo (learner.ranks)")

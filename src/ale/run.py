@@ -157,7 +157,7 @@ class Run:
             c = self.config.rollout
             if self.config.model.pool is not None:
                 assert isinstance(engine, EmbeddedPolicy)  # the configuration sees to it
-                pool = Pool(devices=self.config.model.pool, training=self.config.model.threads)
+                pool = Pool(devices=self.config.model.pool, training=self.config.update_threads)
                 self._devices = await open_devices(pool, engine.set_threads)
             policy: OpenPolicy = engine
             if c.versions == "turn":

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from ale.config import RolloutConfig, RunConfig
+from ale.config_file import dump
 from ale.data.run_folder import RunFolder
 from ale.data.run_log import RunLog
 from ale.errors import RunFolderError
@@ -65,6 +66,11 @@ def test_only_what_differs_from_the_defaults_is_a_change(run: Path) -> None:
     assert log.changes() == {"seed": 3, "rollout.max_lag": 2}
     assert log.setting("rollout.max_lag") == 2
     assert log.setting("algorithm.objective") == "ipa"
+
+
+def test_a_folder_that_holds_the_defaults_has_no_changes(run: Path) -> None:
+    (run / "config.json").write_bytes(dump(RunConfig(name="a", runs_dir=str(run.parent))))
+    assert RunLog.open(run).changes() == {}
 
 
 def test_a_setting_that_an_old_run_did_not_know_is_todays_default(run: Path) -> None:

@@ -17,6 +17,7 @@ from ale.config import LearnerConfig
 from ale.errors import ConfigError, LearnerError
 from ale.learner.learner import Learner, LearnerSettings
 from ale.learner.lora import add_adapters
+from ale.learner.opening import publish_weights
 from ale.learner.state import load_state, save_state
 from ale.learner.weights import Layout, WeightRing, create_memory
 from ale.messages import Chunk, Demonstration, Imitate, OpenLearner, SaveModel, SaveState
@@ -108,6 +109,23 @@ def test_a_checkpoint_of_adapters_goes_on_as_it_would_have_and_knows_earlier_one
 def test_a_layer_that_is_not_there_is_named_with_those_that_are(nano: Any) -> None:
     with pytest.raises(ConfigError, match=r"lora_targets: .* no linear layer up; there are: .*o_proj.*experts"):
         add_adapters(nano, 4, 8.0, ("q_proj", "up"))
+
+
+def test_with_ranks_such_a_layer_is_refused_before_there_are_others(nano_path: Path) -> None:
+    fd = create_memory()
+    config = LearnerConfig(ranks=2, lora_rank=4, lora_targets=("up",))
+    settings = OpenLearner(
+        model=str(nano_path),
+        weights_fd=fd,
+        slots=3,
+        threads=1,
+        algorithm=_algorithm(),
+        learner=config,
+        temperature=1.0,
+    )
+    with pytest.raises(ConfigError, match="no linear layer up"):
+        publish_weights(settings)
+    os.close(fd)
 
 
 @pytest.mark.full

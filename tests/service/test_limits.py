@@ -15,9 +15,11 @@ import httpx
 import pytest
 
 from ale.errors import SandboxError
+from ale.sandbox import connection
 from ale.sandbox.remote import RemoteEngine
 from ale.sandbox.rocklet.trees import pack_tree
 from ale.sandbox.wire import TooMany
+from ale.service import http
 from ale.service.house import open_house
 from ale.service.ledger import Answer, Ledger
 from ale.service.room import SMALL_BYTES, Room
@@ -65,7 +67,7 @@ def test_room_is_given_in_the_order_in_which_it_was_asked_for(play: Any) -> None
 def test_large_bodies_wait_for_room_and_are_refused_when_there_is_none(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ale.service.http._BODY_S", 0.3)
+    monkeypatch.setattr("ale.service.http._ROOM_S", 0.3)
     with serve({"me": TOKEN}, limits=ServiceLimits(bodies_bytes=3 * MB)) as url, client(url) as me:
         me.put("/v1/sandboxes/box", json={})
         asked = {"shell": "mkfifo up; read line < up; wc -c", "stdin": base64.b64encode(bytes(MB)).decode()}
@@ -80,6 +82,10 @@ def test_large_bodies_wait_for_room_and_are_refused_when_there_is_none(
         done = me.get("/v1/requests/the-long-one", params={"wait_s": 30}).json()
         assert base64.b64decode(done["completed"]["stdout"]) == b"%d\n" % MB
         assert me.put("/v1/sandboxes/box/file", params={"path": "file"}, content=bytes(2 * MB)).status_code == 200
+
+
+def test_a_client_is_told_that_there_is_no_room_before_it_takes_the_service_for_lost() -> None:
+    assert http._ROOM_S < connection._WAIT_S + connection._GRACE_S
 
 
 def test_transfers_at_once_are_counted(serve: Any, tree: Path) -> None:

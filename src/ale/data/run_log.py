@@ -161,7 +161,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_DEFAULTS = flatten(msgspec.to_builtins(RunConfig()))
+# As a run's folder has them: in JSON a tuple is a list.
+_DEFAULTS = flatten(msgspec.json.decode(msgspec.json.encode(RunConfig())))
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -89,6 +89,9 @@ class TreeStore:
         except BlockingIOError:
             os.close(fd)
             raise HubError(f"{path} is being deleted by `ale hub gc`: no name stood for it.") from None
+        if not os.fstat(fd).st_nlink:  # deleted between the two, so that the lock is on nothing
+            os.close(fd)
+            raise HubError(f"{path} was deleted by `ale hub gc`: no name stood for it. Add it again.")
         return fd
 
     def files(self, tree: str) -> list[File]:

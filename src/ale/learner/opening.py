@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ale.algorithm.objectives import Objective, objective
-from ale.config import AlgorithmConfig
+from ale.config import AlgorithmConfig, LearnerConfig
 from ale.errors import ConfigError
 from ale.learner.learner import Learner, LearnerSettings
 from ale.learner.lora import add_adapters
@@ -40,7 +40,9 @@ def publish_weights(settings: OpenLearner) -> dict[str, Tensor]:
     decoder_layers(model)
     load_tokenizer(settings.model)
     WeightRing(settings.weights_fd, Layout.of(model, settings.slots)).publish(0, model)
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    _adapt(model, settings.learner)  # it is not used any more: what cannot have adapters is told here
+    return buffers
 
 
 def open_sharded(settings: OpenLearner, ranks: Ranks, buffers: dict[str, Tensor] | None) -> Learner:
@@ -70,9 +72,7 @@ def check_device(device: str, ranks: int) -> None:
 
 def _learner(settings: OpenLearner, model: PreTrainedModel, ring: WeightRing, ranks: Ranks) -> Learner:
     c = settings.learner
-    alpha = c.lora_alpha or 2.0 * c.lora_rank
-    if c.lora_rank:
-        add_adapters(model, c.lora_rank, alpha, c.lora_targets)
+    alpha = _adapt(model, c)
     learner = Learner(
         model,
         load_tokenizer(settings.model),
@@ -102,6 +102,14 @@ def _learner(settings: OpenLearner, model: PreTrainedModel, ring: WeightRing, ra
     if settings.state is not None:
         load_state(learner, Path(settings.state))
     return learner
+
+
+def _adapt(model: PreTrainedModel, config: LearnerConfig) -> float:
+    """Adds the adapters that are configured, if any, and returns their alpha. Raises `ConfigError`."""
+    alpha = config.lora_alpha or 2.0 * config.lora_rank
+    if config.lora_rank:
+        add_adapters(model, config.lora_rank, alpha, config.lora_targets)
+    return alpha
 
 
 def _objective(algorithm: AlgorithmConfig) -> Objective:

@@ -151,11 +151,9 @@ def _scratch(weights_dir: str) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{_PREFIX}*"):
             _remove_unless_used(left)
-        while (made := _make_locked(parent)) is None:
-            pass
+        path, lock = _locked_directory(parent)
     except OSError as error:
         raise ConfigError(f"policy.weights_dir: {parent} cannot be written: {error}.") from error
-    path, lock = made
     try:
         yield path
     finally:
@@ -163,19 +161,18 @@ def _scratch(weights_dir: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _make_locked(parent: Path) -> tuple[Path, int] | None:
-    """A new directory and the descriptor that locks it; None where a run that starts in the same moment took it for
-    what was left of another, before it was locked, and removed it."""
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).absolute()
-    try:
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if path.is_dir():
-        return path, lock
-    os.close(lock)
-    return None
+def _locked_directory(parent: Path) -> tuple[Path, int]:
+    """A new one and the descriptor that holds its lock. Another run may have taken it for a dead one's before that."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).absolute()
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return path, lock
+        os.close(lock)
 
 
 def _remove_unless_used(path: Path) -> None:

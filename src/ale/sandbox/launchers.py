@@ -64,4 +64,5 @@ class Launchers:
 
     async def close(self) -> None:
         self._closed = True
-        await self._client.close()
+        async with self._lock:  # a restart under way ends first, or its launcher would outlive this
+            await self._client.close()

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 MAX_WAIT_S = 60.0
 _WAIT_S = 30.0
 _DRAIN_BYTES, _DRAIN_S = 64 << 20, 10.0
+_ROOM_S = 30.0  # how long a body waits for room: a client of ours takes a service that says nothing for 45 s for lost
 _BODY_S = 60.0  # how long a body may stand still, or a small one take
 JSON, BYTES = "application/json", "application/octet-stream"
 
@@ -151,7 +152,7 @@ class Service:
                 tenant = self._tenant(request)
                 streamed = operation.body in (None, Tree)
                 announced = 0 if streamed else _announced(request, tenant.limits.body_bytes)
-                room = await tenant.bodies.take(announced, _BODY_S)
+                room = await tenant.bodies.take(announced, _ROOM_S)
                 raw = b"" if streamed else await _body(request, tenant.limits.body_bytes)
                 unread &= streamed
                 call = Call(tenant, request, None if streamed else _decode(operation.body, raw))

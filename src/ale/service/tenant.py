@@ -57,7 +57,7 @@ class ServiceLimits(msgspec.Struct, frozen=True, kw_only=True):
     body_bytes: int = 32 << 20
     """A request that is not a tree. It bounds `stdin` and files that are written in one piece."""
     bodies_bytes: int = 256 << 20
-    """The bodies of the requests that run, together. One for which there is no room waits, a minute at most."""
+    """The bodies of the requests that run, together. One for which there is no room waits, half a minute at most."""
     transfers: int = 16
     """Trees on their way into sandboxes and out of them; each takes as much scratch on disk as it has."""
     idle_s: float = 1800.0

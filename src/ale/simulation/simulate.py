@@ -121,7 +121,7 @@ async def _simulated(config: RunConfig, node: Node, sampler: Sampler, updates: i
         await outer.start(envs)
         shared = Devices()
         if config.model.pool is not None:
-            shared = await open_devices(Pool(devices=devices, training=config.model.threads), policy.resize)
+            shared = await open_devices(Pool(devices=devices, training=config.update_threads), policy.resize)
         slots = Slots(count_slots(c))
         async with Supervisor(bus) as actors:
             buffer = SampleBuffer(slots, ledger, max_lag=c.max_lag, on_stale=c.on_stale)
