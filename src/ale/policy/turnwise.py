@@ -14,6 +14,7 @@ from collections import Counter
 from ale.errors import DeadlineExceeded, PolicyError, first_error
 from ale.messages import EngineStatistics, Generate, Turn
 from ale.policy.port import OpenPolicy
+from ale.waiting import named
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class TurnwisePolicy:
     async def generate(self, request: Generate) -> Turn:
         session = request.session
         while True:
-            await self._begin.wait()  # `load_weights` opens it again, whatever becomes of it
+            while not self._begin.is_set():
+                with named("new weights, which come between two turns", on="actor trainer"):
+                    await self._begin.wait()  # `load_weights` opens it again, whatever becomes of it
             self._turns[session] += 1
             self._idle.clear()
             try:
@@ -92,8 +95,10 @@ class TurnwisePolicy:
 
     async def _drained(self, deadline_s: float) -> bool:
         try:
-            async with asyncio.timeout(deadline_s):
-                await self._idle.wait()
+            what = f"the end of the turns of {len(self._turns)} sessions"
+            with named(what, on="actor envs", deadline_s=deadline_s):
+                async with asyncio.timeout(deadline_s):
+                    await self._idle.wait()
         except TimeoutError:
             return False
         return True
