@@ -19,8 +19,12 @@ import pytest
 import ale
 from ale.actors.trainer import Update
 from ale.config import RunConfig
+from ale.data import moment as moments
+from ale.data.moment import Moment
 from ale.errors import LearnerError, UserError
 from ale.messages import Batch, StepMetrics
+from ale.vitals import Vitals
+from ale.waiting import named, register
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -190,6 +194,44 @@ def test_a_wait_that_is_given_up_loses_no_update(scripted: Callable[[Train], Non
             return [seen.number async for seen in run.updates()]
 
     assert asyncio.run(main()) == [1, 2, 3]
+
+
+def test_a_run_that_was_left_says_so_and_nothing_of_its_loop_remembers_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ale import pipeline
+
+    moment = Moment(at=1.0, pid=1, vitals=Vitals(condition="running"), progress="of this life")
+    begun = asyncio.Event()
+
+    async def endless(config: RunConfig, folder: Any, *more: Any) -> None:
+        assert not (folder.path / "moment.json").exists()
+        folder.keep_moment(moment)
+        with named("for ever"):
+            await asyncio.sleep(0.002)  # what is shorter than a millisecond is not on the timeline
+            begun.set()
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(pipeline, "_train", endless)
+
+    async def life(resume: bool) -> None:
+        begun.clear()
+        source: Any = object()
+        run = asyncio.create_task(pipeline.train(RunConfig(runs_dir=str(tmp_path)), source=source, resume=resume))
+        await begun.wait()
+        run.cancel()
+        await asyncio.wait({run})
+        assert run.cancelled()
+        assert not register().recorders
+        seen = moments.read(tmp_path / "run")
+        assert (seen.progress, seen.ended) == ("of this life", "left before its end")
+
+    async def main() -> None:
+        await life(resume=False)
+        await life(resume=True)
+
+    asyncio.run(main())
+    assert b"for ever" in (tmp_path / "run" / "timeline.json").read_bytes()
 
 
 def test_a_model_path_that_holds_none_is_refused_on_entering(tmp_path: Path) -> None:

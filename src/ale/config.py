@@ -258,7 +258,8 @@ class WatchdogConfig(Section, frozen=True):
     why; it can be resumed. Never sooner than the longest that one episode or one request to the learner may take; None:
     three times as long as that. 0: it is not ended."""
     heartbeat_s: float = 60.0
-    """An engine's process that sends no heart-beat, or is at one step, for so long is killed. 0: never."""
+    """An engine's process that sends no heart-beat, or is at one step, for so long is killed; never sooner than half of
+    `policy.turn_deadline_s`. 0: never."""
     restarts: int = 3
     """How often within an hour an engine that died is started again in its place."""
 

@@ -57,6 +57,12 @@ class Heart:
             self._doing = ("", self._stepped_at)
             self._steps += 1
 
+    def moved(self) -> None:
+        """A part of what is being done is finished, and the next begins."""
+        self._stepped_at = time.monotonic()
+        self._doing = (self._doing[0], self._stepped_at)
+        self._steps += 1
+
     def took(self) -> None:
         self._in_hand += 1
 

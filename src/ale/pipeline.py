@@ -38,7 +38,7 @@ from ale.progress import EvalSummary, Rate, Summary
 from ale.proxy.script import lines
 from ale.run import Report, Run
 from ale.task import Task
-from ale.waiting import register
+from ale.waiting import recorded
 from ale.warm_start import warm_start
 
 # The tokenizer of a new nano model is trained on the text of this many tasks.
@@ -70,8 +70,10 @@ async def train(
         done = summary_of(folder.path)
         if done is not None and done.updates == config.learner.updates:
             return done
+        folder.forget_moment()
         try:
-            summary = await _train(config, folder, source, judge, stop or Stop(), tell, watch, stuck)
+            with recorded(folder.timeline.span):
+                summary = await _train(config, folder, source, judge, stop or Stop(), tell, watch, stuck)
             folder.end("done")
             return summary
         except Interrupted as error:
@@ -80,6 +82,9 @@ async def train(
                 f"The run was stopped after update {folder.books.updates}; nothing that had finished is lost. "
                 f"Go on with: ale train {folder.path} --resume"
             ) from error
+        except asyncio.CancelledError:  # whoever embeds it has left it
+            folder.end("left before its end")
+            raise
         except Exception as error:
             folder.end(f"{type(error).__name__}: {error}")
             raise
@@ -111,7 +116,6 @@ async def _train(
         keep=folder.keep_moment,
         stuck=stuck,
     )
-    register().recorder = folder.timeline.span
     async with opened as run, run.learner_process(model, state) as learner:
         run.follow(tell)
 

@@ -304,8 +304,8 @@ class Service(Protocol):
     def handle(self, number: int, request: Any) -> Iterable[tuple[int, msgspec.Struct | Exception | None]]:
         """The answers that this request brings about, its own or others'; later ones come from `step`."""
 
-    def step(self) -> Iterable[tuple[int, msgspec.Struct]]:
-        """A piece of work between two looks at what has arrived."""
+    def step(self, moved: Callable[[], None]) -> Iterable[tuple[int, msgspec.Struct]]:
+        """A piece of work between two looks at what has arrived. One that may last calls `moved` after each part."""
 
 
 def serve(fd: int, kinds: Sequence[type[Message]], open_: Callable[[Any], tuple[Service, msgspec.Struct]]) -> None:
@@ -340,7 +340,7 @@ def serve(fd: int, kinds: Sequence[type[Message]], open_: Callable[[Any], tuple[
                         requests.answer(answered, answer)
             if service.busy:
                 with heart.doing("a step"):
-                    finished = service.step()
+                    finished = service.step(heart.moved)
                 for number, answer in finished:
                     heart.gave()
                     requests.answer(number, answer)

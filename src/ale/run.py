@@ -152,9 +152,8 @@ class Run:
             learning = Learning(self._weights, self._slots, partial(self._save, learner))
         async with AsyncExitStack() as stack:
             engine = await stack.enter_async_context(open_policy(self.config, model, learning))
-            if isinstance(engine, EmbeddedPolicy):
-                watching = self._supervisor.spawn(engine.engine.watch(), name="engine_watch")
-                stack.push_async_callback(self._supervisor.stop, watching)
+            watching = self._supervisor.spawn(engine.watch(), name="engine_watch")
+            stack.push_async_callback(self._supervisor.stop, watching)
             c = self.config.rollout
             if self.config.model.pool is not None:
                 assert isinstance(engine, EmbeddedPolicy)  # the configuration sees to it
@@ -282,7 +281,7 @@ class Run:
     @asynccontextmanager
     async def evaluator(self, evaluate: Callable[[int], Awaitable[object]]) -> AsyncIterator[Evaluator]:
         """Makes evaluations beside training."""
-        async with Supervisor(self._bus) as actors:
+        async with Supervisor(self._bus, on_failure=self.watchdog.freeze) as actors:
             evaluator = Evaluator(evaluate)
             await actors.start(evaluator)
             yield evaluator

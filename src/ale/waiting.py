@@ -31,8 +31,8 @@ class Register:
         self.unnamed = Unnamed()
         self.processes: dict[str, Callable[[], ProcessState]] = {}
         """How each worker process is, by name."""
-        self.recorder: Callable[[Waiter, float], None] | None = None
-        """Hears of every named wait when it ends: the timeline."""
+        self.recorders: list[Callable[[Waiter, float], None]] = []
+        """They hear of every named wait when it ends: the timelines of the runs in this loop."""
         self.holds = 0
         """Waits that are no silence, however long they last."""
         self.counters: Counter[str] = Counter()
@@ -68,6 +68,17 @@ def failed(what: str) -> None:
 
 
 @contextmanager
+def recorded(recorder: Callable[[Waiter, float], None]) -> Iterator[None]:
+    """Meanwhile `recorder` hears of every named wait that ends. The loop may outlive whoever listens."""
+    known = register()
+    known.recorders.append(recorder)
+    try:
+        yield
+    finally:
+        known.recorders.remove(recorder)
+
+
+@contextmanager
 def named(
     what: str, *, on: str | None = None, release: str = "", deadline_s: float = inf, idle: bool = False
 ) -> Iterator[Waiter]:
@@ -81,8 +92,8 @@ def named(
         yield waiter
     finally:
         known.named.discard(waiter)
-        if known.recorder is not None:
-            known.recorder(waiter, loop.time())
+        for recorder in known.recorders:
+            recorder(waiter, loop.time())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import zlib
 from collections.abc import Callable
@@ -307,6 +308,26 @@ def test_a_recording_that_was_cut_off_anywhere_keeps_its_whole_entries(tmp_path:
         assert cut == entries[: len(cut)]
         Recording(path).close()
         assert list(read_recording(path)) == cut
+
+
+def test_a_recording_keeps_nothing_of_rollouts_that_were_cancelled(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        recording = Recording(tmp_path / "recording")
+        recording.begin(Life(number=1, journal=0, version=0), ["g1/0"])
+        await recording.reach("start", "g1/1")
+        asking = [
+            asyncio.create_task(recording.answer("turn", name, asyncio.Event().wait, bool)) for name in ("g1/0", "g1/1")
+        ]
+        await asyncio.sleep(0)
+        assert recording.covers("g1/0")
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
+        assert not recording.covers("g1/0")
+        assert not recording._started
+        recording.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_damaged_recording_is_named_and_a_run_without_one_says_how_to_get_one(tmp_path: Path, loop: Any) -> None:

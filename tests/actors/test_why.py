@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,6 +312,26 @@ def test_a_held_event_loop_is_named_by_the_line_that_holds_it(tmp_path: Path, mo
     assert "the event loop of the controller has not turned" in told[0]
     assert "test_why.py" in told[0]
     assert "in scenario" in told[0]
+
+
+def test_a_process_that_was_stopped_is_not_taken_for_a_held_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After SIGCONT the thread may look before the event loop has turned."""
+    monkeypatch.setattr("ale.actors.watchdog.BEAT_S", 0.01)
+    told = list[str]()
+    watchdog = Watchdog(5.0, lambda moment: None, stuck=told.append)
+    looks, jumps = 0, iter((0.0, 0.01, 3600.0, 3600.01, 3600.02))
+
+    def wait(timeout: float) -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > 4
+
+    monkeypatch.setattr(watchdog._over, "wait", wait)
+    monkeypatch.setattr("ale.actors.watchdog.time", SimpleNamespace(monotonic=lambda: next(jumps)))
+    watchdog._guard(0)
+    assert told == []
 
 
 def test_a_run_that_is_held_up_rightly_is_not_silent(loop: Any, tmp_path: Path) -> None:

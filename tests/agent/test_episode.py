@@ -11,7 +11,7 @@ from ale.envs.env import Step
 from ale.envs.families import make
 from ale.envs.grade import grade
 from ale.envs.terminal import TerminalEnv
-from ale.errors import EvaluatorError, PolicyError, SandboxError, WorkerDied
+from ale.errors import DeadlineExceeded, EvaluatorError, PolicyError, SandboxError, WorkerDied
 from ale.messages import Rollout, Sampling, Score, Trajectory
 from ale.sandbox import SandboxEngine
 from ale.task import REWARD_FILE, Task, TaskFile
@@ -184,12 +184,13 @@ def test_a_failure_is_a_status_with_its_cause(chat: Chat, where: str, error: Exc
     assert (trajectory.status, trajectory.cause, trajectory.reward) == (status, str(error), None)
 
 
-def test_a_failure_at_the_very_end_does_not_take_the_score_away(chat: Chat) -> None:
+@pytest.mark.parametrize("failure", [SandboxError("gone"), DeadlineExceeded("the end of sandbox 7", 60.0)])
+def test_a_failure_at_the_very_end_does_not_take_the_score_away(chat: Chat, failure: Exception) -> None:
     class Forgetful(ScriptedPolicy):
         async def end_session(self, session: str) -> None:
             raise WorkerDied("killed")
 
-    env = FakeEnv(close=SandboxError("gone"))
+    env = FakeEnv(close=failure)
     trajectory = asyncio.run(play(Forgetful(chat, "done"), lambda task: env, chat))
     assert (trajectory.status, trajectory.reward, env.closed) == ("scored", 1.0, 1)
 

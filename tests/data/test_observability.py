@@ -14,7 +14,7 @@ from ale.data.moment import Moment
 from ale.data.timeline import Timeline
 from ale.testing.clock import run
 from ale.vitals import ProcessState, Vitals
-from ale.waiting import named, register, waiting
+from ale.waiting import named, recorded, waiting
 
 MOMENT = Moment(
     at=1.0,
@@ -28,27 +28,31 @@ def test_a_timeline_is_a_chrome_trace_of_waits_and_of_what_processes_use(tmp_pat
     timeline = Timeline(tmp_path / "timeline.json", 1)
 
     async def scenario() -> None:
-        register().recorder = timeline.span
-        async with waiting("a turn", on="process engine"):
+        with recorded(timeline.span):
+            async with waiting("a turn", on="process engine"):
+                await asyncio.sleep(2.0)
+            with named("nothing to do", idle=True):
+                await asyncio.sleep(2.0)
+            with named("the answer of process learner to TrainStep", on="process learner"):
+                await asyncio.sleep(3.0)
+        with named("what comes after the run"):
             await asyncio.sleep(2.0)
-        with named("nothing to do", idle=True):
-            await asyncio.sleep(2.0)
-        with named("the answer of process learner to TrainStep", on="process learner"):
-            await asyncio.sleep(3.0)
 
     run(scenario())
     timeline.sample(MOMENT)
     timeline.flush()
+    timeline = Timeline(tmp_path / "timeline.json", 1, life=2)  # goes on where the last one ended
     timeline.sample(MOMENT)
-    timeline.flush()  # another life of the run goes on where the last ended
+    timeline.flush()
     text = (tmp_path / "timeline.json").read_text()
     events = json.loads(text.rstrip(",\n") + "]")
     spans = [(e["name"], e["dur"]) for e in events if e["ph"] == "X"]
     assert spans == [("a turn", 2e6)] + 2 * [("the answer of process learner to TrainStep", 3e6)]
     rows = {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert "process learner" in rows
-    counters = [e["args"] for e in events if e["name"] == "memory (MB)"]
-    assert counters == 2 * [{"controller": 100.0, "engine": 800.0}]
+    counters = [(e["pid"], e["args"]) for e in events if e["name"] == "memory (MB)"]
+    assert counters == [(1, {"controller": 100.0, "engine": 800.0}), (2, {"controller": 100.0, "engine": 800.0})]
+    assert {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"} == {1: "life 1", 2: "life 2"}
 
 
 def test_a_timeline_ends_at_its_size_and_says_so(tmp_path: Path) -> None:

@@ -86,3 +86,5 @@ def test_a_journal_of_a_newer_version_is_refused_by_its_number(tmp_path: Path) -
     journal.close()
     with pytest.raises(RunFolderError, match=f"format {FORMAT + 1}, which a newer version .* up to {FORMAT}"):
         Journal(tmp_path / "journal")
+    with pytest.raises(RunFolderError, match=f"format {FORMAT + 1}, which a newer version"):
+        list(read_journal(tmp_path / "journal"))  # a replay, a simulation

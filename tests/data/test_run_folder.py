@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ale
-from ale.config import LearnerConfig, RolloutConfig, RunConfig
+from ale.config import LearnerConfig, PolicyConfig, RolloutConfig, RunConfig
 from ale.data.events import Began, Recorded, Resumed, Updated
 from ale.data.journal import FORMAT
 from ale.data.run_folder import RunFolder, versions
@@ -115,6 +115,17 @@ def test_a_run_may_be_given_more_updates_and_that_is_recorded(tmp_path: Path) ->
     changed = {"learner.updates": "was 100, is 200"}
     assert event == Resumed(changed=changed, format=FORMAT, ale=ale.__version__)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["learner"]["updates"] == 200
+
+
+def test_a_resumed_run_may_find_its_servers_elsewhere_and_give_them_more_time(tmp_path: Path) -> None:
+    there, here = (
+        PolicyConfig(kind="server", urls=[url], turn_deadline_s=s) for url, s in (("http://a", 9), ("b", 99))
+    )
+    RunFolder(config(tmp_path, policy=there)).__exit__(None, None, None)
+    with RunFolder(config(tmp_path, policy=here), resume=True) as folder:
+        *_, resumed = folder.journal.read()
+        assert isinstance(resumed, Resumed)
+        assert set(resumed.changed) == {"policy.urls", "policy.turn_deadline_s"}
 
 
 def test_updates_that_were_made_cannot_be_taken_back(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ale.errors import ModelError, PolicyError
+from ale.heart import Beat, Heart
 from ale.learner.batch import split
 from ale.learner.forward import action_logp
 from ale.learner.learner import TRUTH_TOLERANCE
@@ -175,6 +177,33 @@ def test_each_token_belongs_to_the_weights_that_computed_it(
         others = np.abs(under - turn.logp_A.numpy())
         assert others[(versions + 1) % 3, np.arange(len(versions))].max() > 0.01  # the versions do differ
     assert engine.statistics().recomputed_tokens > 0
+
+
+def test_a_step_of_many_forwards_tells_of_each(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New weights make one of all prompts that are under way: whoever watches must not take that for a stuck one."""
+    monkeypatch.setattr("ale.policy.engine._PREFILL_TOKENS", 20)
+    engine, moves = Engine(tiny_llama()), list[int]()
+    for number in range(4):
+        engine.add(number, ask(str(number), range(16 * number, 16 * number + 16), max_tokens=8))
+    for expected in (4, 1):
+        moves.clear()
+        engine.step(lambda: moves.append(1))
+        assert len(moves) == expected
+    engine.set_version(1)
+    moves.clear()
+    engine.step(lambda: moves.append(1))
+    assert len(moves) == 4
+
+
+def test_a_heart_that_is_told_of_a_part_beats_on_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ale.heart.BEAT_S", 0.01)
+    beats: Queue[Beat] = Queue()
+    with Heart(beats.put) as heart, heart.doing("a step"):
+        assert beats.get(timeout=10).steps == 0
+        heart.moved()
+        while (beat := beats.get(timeout=10)).steps != 1:
+            pass
+        assert beat.doing == "a step"
 
 
 def test_a_change_of_weights_forgets_what_was_parked(nano: Any, ask: Any, drive: Any) -> None:

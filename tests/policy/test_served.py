@@ -4,6 +4,7 @@ with servers that have a script in place of a model."""
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import select
 import signal
@@ -25,6 +26,7 @@ from ale.policy.served import ServedPolicy
 from ale.policy.vllm_client import VllmClient
 from ale.policy.vllm_launch import PARENT
 from ale.testing.scripted_vllm import ScriptedVllm, logp_at, token_at, write_weights
+from ale.waiting import register
 
 Ask = Callable[..., Generate]
 DEADLINE_S = 30.0
@@ -371,6 +373,48 @@ def test_a_server_whose_engine_is_stuck_is_started_again(ask: Ask, tmp_path: Pat
     run(scenario())
 
 
+def test_servers_that_take_long_to_come_up_are_no_silence_of_the_run(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        write_weights(tmp_path / "model", 0)
+        config = RunConfig(
+            policy=PolicyConfig(kind="server", urls=["http://127.0.0.1:9"], weights_dir=str(tmp_path / "weights"))
+        )
+
+        async def come_up() -> None:
+            async with open_policy(config, tmp_path / "model", None):
+                pass
+
+        coming = asyncio.create_task(come_up())
+        while not register().holds:
+            await asyncio.sleep(0)
+        assert "the vLLM servers to come up" in {waiter.what for waiter in register().named}
+        coming.cancel()
+        await asyncio.wait({coming})
+        assert not register().holds
+
+    run(scenario())
+
+
+def test_whoever_owns_the_policy_is_told_when_no_server_is_left(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            ScriptedVllm() as one,
+            ScriptedVllm() as two,
+            policy_of(tmp_path / "model", one, two, restarts=0) as policy,
+        ):
+            watching = asyncio.create_task(policy.watch())
+            await one.stop()
+            policy._replicas[0].suspect()
+            await policy._replicas[0].until_gone()
+            assert not watching.done()
+            await two.stop()
+            policy._replicas[1].suspect()
+            with pytest.raises(WorkerDied, match="no vLLM server is left"):
+                await watching
+
+    run(scenario())
+
+
 def test_a_server_of_ours_that_cannot_start_says_its_last_words(tmp_path: Path) -> None:
     async def scenario() -> None:
         command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
@@ -437,4 +481,22 @@ def test_weights_that_a_killed_run_has_left_are_removed_by_the_next_and_those_in
         assert not left.exists()
         assert one.is_dir()
         assert two.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_another_start_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, taken = fcntl.flock, list[Path]()
+
+    def slow(fd: int, how: int) -> None:
+        if not taken:
+            taken.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+            taken[0].rmdir()
+        flock(fd, how)
+
+    monkeypatch.setattr("ale.policy.open.fcntl.flock", slow)
+    with _scratch(str(tmp_path)) as path:
+        assert path.is_dir()
+        assert path != taken[0]
     assert list(tmp_path.iterdir()) == []

@@ -66,13 +66,13 @@ class Watchdog(Actor):
         self._silent_s = 0.0
         self._notes: deque[tuple[float, str]] = deque(maxlen=_NOTES)
         self._disk = ""
-        self._turned_at = time.monotonic()
+        self._turns = 0
+        """Beats of the event loop, for the thread that watches it."""
         self._over = threading.Event()
 
     async def started(self) -> None:
         self._silent_s = 0.0
         self._over.clear()
-        self._turned_at = time.monotonic()
         guard = threading.Thread(
             target=self._guard, args=(threading.get_ident(),), name="watchdog of the event loop", daemon=True
         )
@@ -86,7 +86,7 @@ class Watchdog(Actor):
             with named("the next beat", idle=True):
                 await asyncio.sleep(BEAT_S)
             self._silent_s += min(max(self._passed(), 0.0), 2 * BEAT_S)
-            self._turned_at = time.monotonic()
+            self._turns += 1
             if seen.progress_at != mark or seen.holds:
                 mark, self._silent_s = seen.progress_at, 0.0
             moment = self.moment(self.bus)
@@ -168,10 +168,14 @@ class Watchdog(Actor):
             self._notes.append((now, f"the wall clock was set {way} by {span(abs(astray_s))}; no deadline goes by it"))
 
     def _guard(self, thread: int) -> None:
-        """In a thread of its own: says where the event loop is, when it does not turn any more."""
-        told = False
+        """In a thread of its own: says where the event loop is, when it does not turn any more. Counted in looks, as
+        silence is: after a stop of the whole process this thread may be the first to go on."""
+        told, turns, held_s, looked_at = False, self._turns, 0.0, time.monotonic()
         while not self._over.wait(BEAT_S):
-            held_s = time.monotonic() - self._turned_at
+            now = time.monotonic()
+            passed_s, looked_at = min(now - looked_at, 2 * BEAT_S), now
+            held_s = held_s + passed_s if turns == self._turns else 0.0
+            turns = self._turns
             if held_s < _LATE_S:
                 told = False
                 continue

@@ -134,7 +134,7 @@ async def run_episode(
     finally:
         try:
             await env.close()
-        except SandboxError as error:  # the episode is over, and a cancellation must not turn into an error
+        except (SandboxError, DeadlineExceeded) as error:  # it is over; a cancellation must stay one
             logger.warning("the environment of %s did not close: %s", rollout.id, error)
     return trajectory()
 

@@ -62,11 +62,7 @@ class Journal(Records):
             elapsed_s, event = self._decoder.decode(body)
         except msgspec.MsgspecError as error:
             raise self.damaged(f"another version of ale wrote it ({error})") from error
-        if isinstance(event, Began | Resumed) and event.format > FORMAT:
-            raise RunFolderError(
-                f"The journal {self.path} is of format {event.format}, which a newer version of ale wrote; this one "
-                f"reads formats up to {FORMAT}. Resume the run with that version."
-            )
+        _check_format(self.path, event)
         return elapsed_s, event
 
     def _mend(self) -> float:
@@ -86,9 +82,19 @@ def read_journal(path: Path) -> Iterator[Event]:
     decoder = msgspec.msgpack.Decoder(tuple[float, Event])
     for body in read_records(path, path.stat().st_size, lambda said: _damaged(path, said)):
         try:
-            yield decoder.decode(body)[1]
+            event = decoder.decode(body)[1]
         except msgspec.MsgspecError as error:
             raise _damaged(path, f"another version of ale wrote it ({error})") from error
+        _check_format(path, event)
+        yield event
+
+
+def _check_format(path: Path, event: Event) -> None:
+    if isinstance(event, Began | Resumed) and event.format > FORMAT:
+        raise RunFolderError(
+            f"The journal {path} is of format {event.format}, which a newer version of ale wrote; this one reads "
+            f"formats up to {FORMAT}. Resume the run with that version."
+        )
 
 
 def _damaged(path: Path, said: str) -> RunFolderError:

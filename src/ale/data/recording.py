@@ -121,6 +121,7 @@ class Recording(Records):
         try:
             value = await ask()
         except asyncio.CancelledError:
+            self._started.discard(name)  # its episode is over: nobody will pass its end
             self._write(point, name, Answer())
             raise
         except Exception as error:

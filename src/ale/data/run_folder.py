@@ -34,6 +34,7 @@ from ale.data.disk import AppendedFile, replace
 from ale.data.events import Began, FileSizes, Resumed
 from ale.data.instruments import Page
 from ale.data.journal import FORMAT, Journal
+from ale.data.moment import NAME as MOMENT
 from ale.data.moment import Moment
 from ale.data.moment import read as read_moment
 from ale.data.moment import write as write_moment
@@ -51,6 +52,16 @@ _MAY_CHANGE = {
     "runs_dir",
     "rollout.concurrency",
     "rollout.batch_deadline_s",
+    "policy.urls",
+    "policy.replicas",
+    "policy.python",
+    "policy.kv_cache_gb",
+    "policy.devices",
+    "policy.weights_dir",
+    "policy.turn_deadline_s",
+    "policy.start_deadline_s",
+    "policy.sync_deadline_s",
+    "policy.restarts",
     "rollout.adaptive",
     "rollout.engine_rows",
     "eval.beside",
@@ -83,7 +94,6 @@ class RunFolder:
         self.books = Books()
         self.checkpoint: Checkpoint | None = None
         """What the learner goes on from."""
-        self.timeline = Timeline(self.path / "timeline.json", config.metrics.timeline_mb)
         self.page = Page(config.name)
         self._open = ExitStack()
         try:
@@ -96,6 +106,7 @@ class RunFolder:
                 self._restore(config, changed)
             else:
                 self.journal.write(Began(format=FORMAT, ale=ale.__version__))
+            self.timeline = Timeline(self.path / "timeline.json", config.metrics.timeline_mb, self.books.lives)
             self.recording = self._closing(Recording(self.path / "recording")) if config.record else None
             self._metrics = self._lines("metrics.jsonl", self.books.sizes.metrics)
             self._trajectories = self._lines("trajectories.jsonl", self.books.sizes.trajectories)
@@ -239,9 +250,14 @@ class RunFolder:
         self.timeline.sample(moment)
         self.timeline.flush()
 
+    def forget_moment(self) -> None:
+        """The last one of an earlier life says nothing of the life that begins, nor of what ends it early."""
+        (self.path / MOMENT).unlink(missing_ok=True)
+
     def end(self, how: str) -> None:
         """The last word on the run's last moment: "done", or the error that ended it."""
         with suppress(OSError, RunFolderError):  # no moment was written, or the disk is full: the error itself is told
+            self.timeline.flush()
             last = read_moment(self.path)
             write_moment(self.path, msgspec.structs.replace(last, ended=how))
 

@@ -16,18 +16,21 @@ from ale.data.moment import Moment
 from ale.mailbox import Waiter
 
 _SHORTEST_S = 0.001
-_PID = 1
 
 
 class Timeline:
     """At most `max_mb` of it, over all lives of the run: then it ends, and says so. Events are kept until `flush`."""
 
-    def __init__(self, path: Path, max_mb: int) -> None:
+    def __init__(self, path: Path, max_mb: int, life: int = 1) -> None:
+        """Rows are counted anew in each `life` of the run: the viewer shows it as a process of its own."""
         self._path = path
         self._max_bytes = max_mb * 2**20
         self._tracks: dict[str, int] = {}
         self._lines: list[bytes] = []
         self._full = max_mb == 0
+        self._life = life
+        if not self._full:
+            self._add(name="process_name", ph="M", args={"name": f"life {life}"})
 
     def span(self, waiter: Waiter, now: float) -> None:
         """A wait that has ended, at `now` of the loop's clock."""
@@ -63,8 +66,8 @@ class Timeline:
             for line in lines:
                 if file.tell() > self._max_bytes:
                     self._full = True
-                    end = {"name": "the timeline is full", "ph": "i", "s": "g", "ts": time.time() * 1e6, "pid": _PID}
-                    file.write(orjson.dumps(end) + b",\n")
+                    full = {"name": "the timeline is full", "ph": "i", "s": "g", "ts": time.time() * 1e6}
+                    file.write(orjson.dumps(full | {"pid": self._life}) + b",\n")
                     return
                 file.write(line)
 
@@ -76,4 +79,4 @@ class Timeline:
         return track
 
     def _add(self, **event: Any) -> None:
-        self._lines.append(orjson.dumps({"pid": _PID, **event}) + b",\n")
+        self._lines.append(orjson.dumps({"pid": self._life, **event}) + b",\n")

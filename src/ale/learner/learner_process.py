@@ -50,7 +50,7 @@ class LearnerService:
         self._learner = learner
         self._crew = crew
 
-    def step(self) -> Iterable[tuple[int, msgspec.Struct]]:
+    def step(self, moved: Callable[[], None]) -> Iterable[tuple[int, msgspec.Struct]]:
         return ()
 
     def handle(self, number: int, request: object) -> Iterable[tuple[int, msgspec.Struct | None]]:

@@ -35,6 +35,8 @@ class EmbeddedPolicy:
     def __init__(self, settings: OpenEngine, turn_deadline_s: float, restarts: int, heartbeat_s: float) -> None:
         self._settings = settings
         self._turn_deadline_s = turn_deadline_s
+        # What is asked between two steps waits for the end of one, or until an engine that is stuck in one was killed.
+        self.control_deadline_s = max(_CONTROL_DEADLINE_S, turn_deadline_s, 2 * heartbeat_s)
         self.version = 0
         self._weights: LoadWeights | None = None
         self._threads: SetThreads | None = None
@@ -44,22 +46,25 @@ class EmbeddedPolicy:
         return await self.engine.ask(request, deadline_s=self._turn_deadline_s)
 
     async def end_session(self, session: str) -> None:
-        await self.engine.ask(EndSession(session=session), deadline_s=_CONTROL_DEADLINE_S)
+        await self.engine.ask(EndSession(session=session), deadline_s=self.control_deadline_s)
 
     async def load_weights(self, version: int, slot: int) -> None:
         self._weights = LoadWeights(version=version, slot=slot)
-        await self.engine.ask(self._weights, deadline_s=_CONTROL_DEADLINE_S)
+        await self.engine.ask(self._weights, deadline_s=self.control_deadline_s)
         self.version = version
 
     def counters(self) -> dict[str, float]:
         return {}
 
+    async def watch(self) -> None:
+        await self.engine.watch()
+
     async def set_threads(self, threads: int) -> None:
         self._threads = SetThreads(threads=threads)
-        await self.engine.ask(self._threads, deadline_s=_CONTROL_DEADLINE_S)
+        await self.engine.ask(self._threads, deadline_s=self.control_deadline_s)
 
     async def statistics(self) -> EngineStatistics:
-        return await self.engine.ask(GetStatistics(), deadline_s=_CONTROL_DEADLINE_S)
+        return await self.engine.ask(GetStatistics(), deadline_s=self.control_deadline_s)
 
     def _make(self) -> WorkerProcess:
         fd = self._settings.weights_fd
@@ -71,9 +76,9 @@ class EmbeddedPolicy:
         with held_up("the engine to load its model", release="its end", on="process engine"):
             opened = await worker.ask(self._settings, deadline_s=_OPEN_DEADLINE_S)
         if self._threads is not None:
-            await worker.ask(self._threads, deadline_s=_CONTROL_DEADLINE_S)
+            await worker.ask(self._threads, deadline_s=self.control_deadline_s)
         if self._weights is not None:
-            await worker.ask(self._weights, deadline_s=_CONTROL_DEADLINE_S)
+            await worker.ask(self._weights, deadline_s=self.control_deadline_s)
         else:
             self.version = opened.version
 
@@ -85,7 +90,7 @@ async def open_embedded(
     """Starts the engine's process and ends it on leaving. Raises `ModelError` when the model cannot be used.
 
     `restarts`: how often within an hour one that died is started again. Whoever wants one killed that says nothing for
-    `heartbeat_s` runs `policy.engine.watch()`.
+    `heartbeat_s` runs `policy.watch()`.
     """
     policy = EmbeddedPolicy(settings, turn_deadline_s, restarts, heartbeat_s)
     async with policy.engine:

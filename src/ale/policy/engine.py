@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,8 +171,9 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[int, Turn]]:
-        """Advances every running sequence by one token; returns the turns that this finished."""
+    def step(self, moved: Callable[[], None] = lambda: None) -> list[tuple[int, Turn]]:
+        """Advances every running sequence by one token; returns the turns that this finished. After new weights, and
+        where many prompts come at once, that is many forwards: `moved` is called after each."""
         while self._waiting and len(self._running) < self._rows:
             self._join(self._waiting.popleft())
         left = list(range(len(self._running)))
@@ -179,6 +181,7 @@ class Engine:
             first, left = self._without_overlap(left)
             for rows in self._batches(first):
                 self._forward(rows)
+                moved()
             for row in left:
                 self._borrow(row)
         done = []

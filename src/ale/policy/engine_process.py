@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import torch
@@ -34,9 +34,9 @@ class EngineService:
     def busy(self) -> bool:
         return self._engine.busy
 
-    def step(self) -> Iterable[tuple[int, Turn]]:
+    def step(self, moved: Callable[[], None]) -> Iterable[tuple[int, Turn]]:
         began = time.monotonic()
-        turns = self._engine.step()
+        turns = self._engine.step(moved)
         self._busy_s += time.monotonic() - began
         return turns
 

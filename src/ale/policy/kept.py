@@ -45,6 +45,8 @@ class KeptWorker:
         self._restarting: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
         self._closed = False
+        self._silent = 0
+        """How many were killed for their silence."""
 
     async def __aenter__(self) -> KeptWorker:
         await self._open()
@@ -102,6 +104,7 @@ class KeptWorker:
             if silent_s > self._heartbeat_s:
                 silent_s = 0.0
                 logger.warning("%s has not moved for %g s and is killed: %s", state.name, self._heartbeat_s, state)
+                self._silent += 1
                 self._worker.kill()
 
     async def _replace(self, worker: WorkerProcess, error: WorkerDied) -> None:
@@ -110,27 +113,42 @@ class KeptWorker:
         if self._closed or self._failure is not None:
             raise error
         if self._worker is worker and self._restarting is None:
-            now = asyncio.get_running_loop().time()
-            while self._restarted and self._restarted[0] <= now - _WINDOW_S:
-                self._restarted.popleft()
-            if len(self._restarted) >= self._restarts:
-                self._failure = RestartBudgetSpent(
-                    f"process {worker.name} died, after {self._restarts} restarts within an hour (watchdog.restarts)"
-                )
-                self._failure.__cause__ = error
-                raise error
-            self._restarted.append(now)
-            logger.warning("process %s died and is started again: %s", worker.name, error)
+            try:
+                self._spend(worker.name, error)
+            except RestartBudgetSpent as spent:
+                self._failure = spent
+                raise error from None
             self._restarting = asyncio.create_task(self._restart(worker.name), name=f"the restart of {worker.name}")
             self._restarting.add_done_callback(_seen)
         if self._restarting is not None:
             with named(f"the restart of process {worker.name}", on=f"process {worker.name}"):
                 await asyncio.shield(self._restarting)
 
+    def _spend(self, name: str, error: WorkerDied) -> None:
+        """One of the restarts that there are. Raises `RestartBudgetSpent`."""
+        now = asyncio.get_running_loop().time()
+        while self._restarted and self._restarted[0] <= now - _WINDOW_S:
+            self._restarted.popleft()
+        if len(self._restarted) >= self._restarts:
+            said = f"process {name} died, after {self._restarts} restarts within an hour (watchdog.restarts)"
+            if self._silent:
+                said += (
+                    f"; {self._silent} times it was killed, for it had finished no step in {self._heartbeat_s:g} s: a "
+                    "large model may need more (watchdog.heartbeat_s, policy.turn_deadline_s)"
+                )
+            raise RestartBudgetSpent(said) from error
+        self._restarted.append(now)
+        logger.warning("process %s died and is started again: %s", name, error)
+
     async def _restart(self, name: str) -> None:
         try:
             await self._close()
-            await self._open()
+            while True:
+                try:
+                    await self._open()
+                    break
+                except WorkerDied as error:  # on its way up: that is a death like any other
+                    self._spend(name, error)
             register().counters[f"{name}_restarts"] += 1
         except Exception as error:
             self._failure = error

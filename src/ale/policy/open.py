@@ -16,7 +16,8 @@ from ale.config import RunConfig
 from ale.errors import ConfigError, WorkerDied
 from ale.messages import OpenEngine
 from ale.policy.embedded import open_embedded
-from ale.policy.port import OpenPolicy
+from ale.policy.port import KeptPolicy
+from ale.waiting import held_up
 
 if TYPE_CHECKING:
     from ale.policy.replica import Weights
@@ -34,7 +35,7 @@ class Learning(NamedTuple):
 
 
 @asynccontextmanager
-async def open_policy(config: RunConfig, model: Path, learning: Learning | None) -> AsyncIterator[OpenPolicy]:
+async def open_policy(config: RunConfig, model: Path, learning: Learning | None) -> AsyncIterator[KeptPolicy]:
     """Its weights are those of `model`, version 0, until others are loaded. Raises `UserError` for what cannot be."""
     if config.policy.kind == "embedded":
         settings = OpenEngine(
@@ -50,7 +51,7 @@ async def open_policy(config: RunConfig, model: Path, learning: Learning | None)
             settings,
             turn_deadline_s=config.policy.turn_deadline_s,
             restarts=config.watchdog.restarts,
-            heartbeat_s=config.watchdog.heartbeat_s,
+            heartbeat_s=patience_s(config),
         ) as policy:
             yield policy
     else:
@@ -58,8 +59,15 @@ async def open_policy(config: RunConfig, model: Path, learning: Learning | None)
             yield served
 
 
+def patience_s(config: RunConfig) -> float:
+    """How long the embedded engine may be at one step: the first of many long prompts takes a large part of a turn, and
+    of a model for which turns were given more time, more. 0: for ever."""
+    heartbeat_s = config.watchdog.heartbeat_s
+    return max(heartbeat_s, config.policy.turn_deadline_s / 2) if heartbeat_s else 0.0
+
+
 @asynccontextmanager
-async def _open_served(config: RunConfig, model: Path, learning: Learning | None) -> AsyncIterator[OpenPolicy]:
+async def _open_served(config: RunConfig, model: Path, learning: Learning | None) -> AsyncIterator[KeptPolicy]:
     try:
         from ale.policy.replica import Replica, Weights
         from ale.policy.served import ServedPolicy
@@ -111,11 +119,12 @@ async def _open_served(config: RunConfig, model: Path, learning: Learning | None
 
         for replica in replicas:
             await stack.enter_async_context(replica.kept())
-        for replica in replicas:
-            try:
-                await replica.until_live(0)
-            except WorkerDied as error:  # a server that never came up: its address, the model or the memory is wrong
-                raise ConfigError(f'policy.kind = "{c.kind}": {error}') from error
+        with held_up("the vLLM servers to come up", release="their start", deadline_s=c.start_deadline_s):
+            for replica in replicas:
+                try:
+                    await replica.until_live(0)
+                except WorkerDied as error:  # it never came up: its address, the model or the memory is wrong
+                    raise ConfigError(f'policy.kind = "{c.kind}": {error}') from error
         yield ServedPolicy(
             replicas,
             export if learning is not None else None,

@@ -33,3 +33,10 @@ class OpenPolicy(Policy, Protocol):
 
     def counters(self) -> dict[str, float]:
         """What went wrong and was mended since it was opened, for the record of an update."""
+
+
+class KeptPolicy(OpenPolicy, Protocol):
+    """One whose processes are brought back when they die."""
+
+    async def watch(self) -> None:
+        """Raises when it was given up. Somebody has to own it: an episode takes what the policy says as its own end."""

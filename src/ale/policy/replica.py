@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ale.errors import AleError, DeadlineExceeded, PolicyError, WorkerDied
 from ale.policy.vllm_client import Piece, ServerGone, VllmClient
 from ale.policy.vllm_process import ServerProcess
+from ale.waiting import named
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +111,6 @@ class Replica:
         """Something has come of a turn: the engine computes."""
         self._heard = asyncio.get_running_loop().time()
 
-    @property
-    def _silent(self) -> bool:
-        """It answers, but nothing has come of any turn for so long that its engine must be stuck."""
-        silence_s = asyncio.get_running_loop().time() - self._heard
-        return self.server is not None and self.busy > 0 and silence_s > self._silence_s
-
     def want(self, weights: Weights) -> None:
         self._wanted = weights
         self._wake.set()
@@ -127,20 +122,28 @@ class Replica:
 
     async def until_up(self) -> None:
         """Raises what the server ended of, where it is not brought back."""
-        await self._until(lambda: self.up)
+        await self._until(lambda: self.up, "to be up")
 
     async def until_looked_at(self) -> None:
         """Until it is known whether a suspicion is right."""
-        await self._until(lambda: not self._suspected)
+        await self._until(lambda: not self._suspected, "to be looked at")
 
     async def until_live(self, version: int) -> None:
-        await self._until(lambda: self.up and self.version == version)
+        await self._until(lambda: self.up and self.version == version, f"to have version {version}")
 
-    async def _until(self, so: Callable[[], bool]) -> None:
+    async def until_gone(self) -> AleError:
+        """Until it is gone for good; returns why."""
+        while self._failure is None:
+            with named(f"the end of {self.name}", idle=True):
+                await self._changed.wait()
+        return self._failure
+
+    async def _until(self, so: Callable[[], bool], what: str = "to get there") -> None:
         while not so():
             if self._failure is not None:
                 raise WorkerDied(f"{self.name} is gone for good: {self._failure}") from self._failure
-            await self._changed.wait()
+            with named(f"{self.name} {what}", release="its keeper"):  # whoever asks has a deadline
+                await self._changed.wait()
 
     def _tell(self) -> None:
         self._changed.set()
@@ -192,7 +195,7 @@ class Replica:
 
     async def _serve(self) -> None:
         """As long as the server is there. Raises when it is not."""
-        missed = 0
+        missed, heard, silent_s = 0, self._heard, 0.0
         while True:
             if self.version != self._wanted.version:
                 await self._load()
@@ -208,7 +211,11 @@ class Replica:
                 raise await self.server.death()
             if not (beat or self._suspected):
                 continue
-            if self._silent:
+            # Counted in beats: while this process is stopped, or the machine sleeps, nobody can hear anything.
+            silent_s = silent_s + beat * self._beat_s if self.busy and heard == self._heard else 0.0
+            heard = self._heard
+            # It answers, but nothing has come of any turn for so long that its engine must be stuck.
+            if self.server is not None and silent_s > self._silence_s:
                 raise ServerGone(f"{self.name} has generated nothing for {self._silence_s:g} s, its engine is stuck")
             missed = 0 if await self.client.healthy(_BEAT_DEADLINE_S) else missed + 1
             if missed >= _BEATS_MISSED or (missed and self._suspected):

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ale.errors import DeadlineExceeded, PolicyError
+from ale.errors import DeadlineExceeded, PolicyError, WorkerDied
 from ale.messages import EngineStatistics, Finish, Generate, Sampling, Turn
 from ale.policy.replica import Replica, Weights
 from ale.policy.vllm_client import Piece, ServerGone, Span
@@ -170,6 +170,13 @@ class ServedPolicy:
             "turns_reissued": float(self.reissued),
             "tokens_sampled_again": float(self.sampled_again),
         }
+
+    async def watch(self) -> None:
+        """Raises `WorkerDied` when no server is left that would be brought back. That one of several is gone for good
+        is told by the next change of weights."""
+        for replica in self._replicas:
+            failure = await replica.until_gone()
+        raise WorkerDied(f"no vLLM server is left; {replica.name} is gone for good: {failure}") from failure
 
     async def _sample(self, request: Generate) -> Turn:
         sampling, kept = request.sampling, _Sampled()

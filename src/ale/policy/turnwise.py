@@ -11,9 +11,10 @@ import asyncio
 import logging
 from collections import Counter
 
-from ale.errors import DeadlineExceeded, PolicyError
+from ale.errors import DeadlineExceeded, PolicyError, first_error
 from ale.messages import EngineStatistics, Generate, Turn
 from ale.policy.port import OpenPolicy
+from ale.waiting import named
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class TurnwisePolicy:
     async def generate(self, request: Generate) -> Turn:
         session = request.session
         while True:
-            await self._begin.wait()  # `load_weights` opens it again, whatever becomes of it
+            while not self._begin.is_set():
+                with named("new weights, which come between two turns", on="actor trainer"):
+                    await self._begin.wait()  # `load_weights` opens it again, whatever becomes of it
             self._turns[session] += 1
             self._idle.clear()
             try:
@@ -80,16 +83,22 @@ class TurnwisePolicy:
     async def _abandon(self) -> None:
         self._abandoned = set(self._turns)
         logger.info("%d turns last longer than %g s and begin again", len(self._abandoned), self._drain_s)
-        async with asyncio.TaskGroup() as group:
-            for session in self._abandoned:
-                group.create_task(self._policy.end_session(session), name=f"abandon the turn of {session}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for session in self._abandoned:
+                    group.create_task(self._policy.end_session(session), name=f"abandon the turn of {session}")
+        except ExceptionGroup as errors:
+            error = first_error(errors)
+            raise error from error.__cause__
         if not await self._drained(_ABANDON_DEADLINE_S):
             raise DeadlineExceeded(f"new weights wait for the turns of {', '.join(self._turns)}", _ABANDON_DEADLINE_S)
 
     async def _drained(self, deadline_s: float) -> bool:
         try:
-            async with asyncio.timeout(deadline_s):
-                await self._idle.wait()
+            what = f"the end of the turns of {len(self._turns)} sessions"
+            with named(what, on="actor envs", deadline_s=deadline_s):
+                async with asyncio.timeout(deadline_s):
+                    await self._idle.wait()
         except TimeoutError:
             return False
         return True

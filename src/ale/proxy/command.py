@@ -23,7 +23,7 @@ import msgspec
 from ale.agent.failure import FAILURES, failure_of
 from ale.config import AgentConfig, RunConfig
 from ale.envs.terminal import TerminalEnv
-from ale.errors import SandboxError
+from ale.errors import DeadlineExceeded, SandboxError
 from ale.messages import Rollout, Status, ToolResult, Trajectory
 from ale.policy.port import Policy
 from ale.proxy.episode import Episode, Limits
@@ -108,7 +108,7 @@ class CommandAgent:
             finally:
                 try:
                     await env.close()
-                except SandboxError as error:  # the episode is over, and a cancellation must not turn into an error
+                except (SandboxError, DeadlineExceeded) as error:  # it is over; a cancellation must stay one
                     logger.warning("the environment of %s did not close: %s", rollout.id, error)
         assert episode.tree is not None
         played = trajectory(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from ale.data.events import RolloutDropped, RolloutKept
-from ale.data.journal import Journal
+from ale.data.journal import read_journal
 from ale.errors import RunFolderError
 from ale.messages import Status
 
@@ -88,15 +86,8 @@ class Recorded:
             raise RunFolderError(f"{run} holds no run to simulate: no journal in it.")
         self.episodes: list[Episode] = []
         self._failures: dict[Status, int] = {}
-        with tempfile.TemporaryDirectory(prefix="ale-simulate-") as folder:
-            copy = Path(folder) / "journal"  # opening a journal mends it, which is for its owner to do
-            shutil.copy(run / "journal", copy)
-            journal = Journal(copy)
-            try:
-                for event in journal.read():
-                    self._take(event)
-            finally:
-                journal.close()
+        for event in read_journal(run / "journal"):
+            self._take(event)
         if not self.episodes:
             raise RunFolderError(f"{run} has kept no episode yet: there is nothing to draw from.")
 
