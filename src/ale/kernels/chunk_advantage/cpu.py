@@ -17,10 +17,6 @@ from .reference import Counts, Level, Weighting, normalizer_of
 from .tiles import Flags, Floats, Integers, Ragged
 
 
-_BLOCK = 32768
-"""Tokens whose difference is held at once, if no chunk is longer: 64 KB, which stay in the processor's cache."""
-
-
 class Tokens(NamedTuple):
     logp_T: Tensor | None
     old_T: Tensor | None
@@ -107,11 +103,12 @@ def mask(tokens: Tokens) -> tuple[Floats, Flags, Integers]:
 def _mean_log(tokens: Tokens, numerator_T: Tensor, denominator_T: Tensor | None, level: Level, mean: bool) -> Floats:
     """Mean (or sum) of numerator - denominator over a level, per unit, from the tokens that carry the loss."""
     ragged, per_token = tokens.ragged, tokens.rule.per_token
-    numerator, denominator = _widen(numerator_T), None if denominator_T is None else _widen(denominator_T)
+    difference_T = _widen(numerator_T)
+    if denominator_T is not None:
+        difference_T = difference_T - _widen(denominator_T)
     if level == "token":
-        difference_T = numerator if denominator is None else numerator - denominator
         return np.where(tokens_of_units(tokens) > 0, difference_T, 0)
-    value_C = _difference_sums(numerator, denominator, ragged.chunk_offsets).astype(np.float64)
+    value_C = _segment_sums(difference_T, ragged.chunk_offsets).astype(np.float64)
     if ragged.carry_C is not None:
         value_C = np.where(ragged.carry_C, value_C, 0)
     if level == "sequence":
@@ -153,25 +150,6 @@ def _widen(tensor: Tensor) -> Floats:
     wide = tensor.detach()
     array: Floats = (wide if wide.dtype in (torch.float32, torch.float64) else wide.float()).numpy()
     return array
-
-
-def _difference_sums(a_T: Floats, b_T: Floats | None, offsets: Integers) -> Floats:
-    """Sums of a - b over the segments, block by block: the difference of all tokens would go out to memory and back."""
-    if b_T is None:
-        return _segment_sums(a_T, offsets)
-    sums = np.empty(len(offsets) - 1, np.result_type(a_T, b_T))
-    scratch = np.empty(0, sums.dtype)
-    first = 0
-    while first < len(sums):
-        begin = offsets[first]
-        last = max(first + 1, int(np.searchsorted(offsets, begin + _BLOCK, side="right")) - 1)
-        end = offsets[last]
-        if end - begin > len(scratch):
-            scratch = np.empty(max(_BLOCK, end - begin), sums.dtype)
-        difference = np.subtract(a_T[begin:end], b_T[begin:end], out=scratch[: end - begin])
-        sums[first:last] = _segment_sums(difference, offsets[first : last + 1] - begin)
-        first = last
-    return sums
 
 
 def _segment_sums(values: npt.NDArray[Any], offsets: Integers) -> npt.NDArray[Any]:
