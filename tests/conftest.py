@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ CORPUS = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: whatever runs beside it is done by the time it ends."""
     items.sort(key=lambda item: item.path.name != "test_learning.py")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported until now lives as long as the process: no collection needs to look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

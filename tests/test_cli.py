@@ -70,6 +70,12 @@ def test_the_version_is_printed(run: Ale) -> None:
     assert run("--version") == Outcome(0, f"ale {ale.__version__}\n", "")
 
 
+@pytest.mark.parametrize("module", ["ale", "ale.cli"])
+def test_the_command_can_be_run_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == ale.__version__
+
+
 def test_a_missing_configuration_is_named(run: Ale, tmp_path: Path) -> None:
     assert str(tmp_path / "no.toml") in run("train", tmp_path / "no.toml").paragraph
 

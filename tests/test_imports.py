@@ -17,7 +17,20 @@ PACKAGE = Path(ale.__file__).parent
 
 # From the top down. A part may import from its own layer and from those below; parts are modules and packages of `ale`.
 LAYERS = (
-    {"cli", "commands", "diff", "doctor", "embedding", "plan", "plot", "progress_view", "service", "show", "task_env"},
+    {
+        "__main__",
+        "cli",
+        "commands",
+        "diff",
+        "doctor",
+        "embedding",
+        "plan",
+        "plot",
+        "progress_view",
+        "service",
+        "show",
+        "task_env",
+    },
     {"pipeline", "run", "warm_start", "simulation", "replay"},
     {"actors"},
     {"policy", "envs", "sandbox", "agent", "proxy", "algorithm", "learner", "data", "models", "hub", "player"},

@@ -416,3 +416,7 @@ def _end_stuck(said: str) -> None:
 def _complain(message: str) -> None:
     """One paragraph on stderr."""
     print("ale:", " ".join(message.split()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

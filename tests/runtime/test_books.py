@@ -3,12 +3,10 @@
 import asyncio
 import gc
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Literal
 
-import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ale.actor import Actor
@@ -111,18 +109,7 @@ def accepted(tell: asyncio.Task[bool]) -> bool:
     return not tell.cancelled() and tell.exception() is None and tell.result()
 
 
-@pytest.fixture
-def little_to_collect() -> Iterator[None]:
-    """What other tests of this process have left is not looked at again by each `gc.collect`."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("little_to_collect")
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(schedule=schedules, capacity=st.integers(1, 4), concurrency=st.integers(1, 3), budget=st.integers(0, 3))
 def test_every_ask_ends_and_every_told_message_is_handled_once_or_accounted_for(
     schedule, capacity, concurrency, budget
