@@ -20,6 +20,8 @@ class Hierarchy(msgspec.Struct, frozen=True):
 
     directory: str
     limits: dict[str, str]
+    door: str
+    """The file of a group through which a process with one thread enters it."""
 
 
 class Cgroups(msgspec.Struct, frozen=True):
@@ -130,6 +132,9 @@ def _make(
     parent: Path, name: str, owner: tuple[int, int] | None, controllers: tuple[str, ...], v2: bool
 ) -> Hierarchy | None:
     directory = parent / name
+    # Moving a process halts every fork and exit of the machine, for which the kernel waits 5 to 16 ms; moving a thread,
+    # which only v1 lets us do, takes 0.04 ms.
+    door = "cgroup.procs" if v2 else "tasks"
     limits = {"pids": "pids.max"} if "pids" in controllers else {}
     try:
         if v2:
@@ -157,12 +162,12 @@ def _make(
         for limit, file in limits.items():  # the proof that limits can be set here
             (home / file).write_text(str(limit_values(1 << 30, 1024, 1024.0)[limit]))
         if owner is not None:
-            for path in (directory, directory / "cgroup.procs", home, home / "cgroup.procs"):
+            for path in (directory, directory / door, home, home / door):
                 os.chown(path, *owner)
     except OSError:
         remove_groups(directory)
         return None
-    return Hierarchy(str(directory), limits)
+    return Hierarchy(str(directory), limits, door)
 
 
 def remove_groups(directory: Path) -> bool:

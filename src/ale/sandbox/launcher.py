@@ -64,7 +64,7 @@ class Launcher:
         self.control = control
         self.directory = config["directory"]
         self.seccomp = config["seccomp"]
-        self.cgroups = config["cgroups"]  # [{"directory", "limits": {name of the limit: file}}]
+        self.cgroups = config["cgroups"]  # [{"directory", "limits": {name of the limit: file}, "door"}]
         self.jobs: dict[str, Job] = {}
         self.by_monitor: dict[int, Job] = {}
         self.by_fd: dict[int, Job] = {}
@@ -157,11 +157,11 @@ class Launcher:
             for limit, file in hierarchy["limits"].items():
                 if limit in limits:
                     write(f"{directory}/{file}", str(limits[limit]))
-            write(f"{directory}/cgroup.procs", "0")
+            write(f"{directory}/{hierarchy['door']}", "0")
 
     def leave_cgroups(self, hierarchies: list[dict[str, Any]]) -> None:
         for hierarchy in hierarchies:
-            write(f"{hierarchy['directory']}/home/cgroup.procs", "0")
+            write(f"{hierarchy['directory']}/home/{hierarchy['door']}", "0")
 
     def progress(self, fd: int) -> None:
         job = self.by_fd[fd]
