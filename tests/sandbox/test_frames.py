@@ -15,7 +15,7 @@ from ale.sandbox.rocklet.wire import DATA, DONE, FAILED, OK, READY, pack, unpack
 
 HONEST = [
     pack(READY, 0, 0),
-    pack(DONE, 1, 0, 0, 1234, b"out", 0, b"err", 7, 10, 20, 30, b""),
+    pack(DONE, 1, b"0 0 1234 0 7 10 20 30", b"out", b"err", b""),
     pack(DATA, 2, b"\0" * 300),
     pack(OK, 2**32 - 1),
     pack(FAILED, 3, 2, b"No such file or directory"),
@@ -73,28 +73,33 @@ def test_a_request_is_no_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("figures", "streams"),
     [
-        (256, 0, 1, b"", 0, b"", 0),
-        (-65, 0, 1, b"", 0, b"", 0),
-        (b"", 0, 1, b"", 0, b"", 0),
-        (b"9" * 5000, 0, 1, b"", 0, b"", 0),
-        (b"\xb2", 0, 1, b"", 0, b"", 0),
-        (0, 2, 1, b"", 0, b"", 0),
-        (0, 0, -1, b"", 0, b"", 0),
-        (0, 0, 1, b"", -1, b"", 0),
-        (0, 0, 1, b"x" * 11, 0, b"", 0),
-        (0, 0, 1, b"", 0, b"x" * 11, 0),
+        (b"256 0 1 0 0 0 0 0", (b"", b"")),
+        (b"-65 0 1 0 0 0 0 0", (b"", b"")),
+        (b" 0 1 0 0 0 0 0", (b"", b"")),
+        (b"9" * 5000 + b" 0 1 0 0 0 0 0", (b"", b"")),
+        (b"\xb2 0 1 0 0 0 0 0", (b"", b"")),
+        (b"0 2 1 0 0 0 0 0", (b"", b"")),
+        (b"0 0 -1 0 0 0 0 0", (b"", b"")),
+        (b"0 0 1 -1 0 0 0 0", (b"", b"")),
+        (b"0 0 1 0 -1 0 0 0", (b"", b"")),
+        (b"0 0 1 0 0 0 0", (b"", b"")),
+        (b"0 0 1 0 0 0 0 0 0", (b"", b"")),
+        (b"0 0 1 0 0 0 0 0 " + b"1 " * 100_000, (b"", b"")),
+        (b"", (b"", b"")),
+        (b"0 0 1 0 0 0 0 0", (b"x" * 11, b"")),
+        (b"0 0 1 0 0 0 0 0", (b"", b"x" * 11)),
     ],
 )
-def test_a_result_out_of_bounds_is_refused(fields: tuple[bytes | int, ...]) -> None:
-    (frame,) = Decoder().feed(pack(DONE, 1, *fields, 0, 0, 0, b""))
+def test_a_result_out_of_bounds_is_refused(figures: bytes, streams: tuple[bytes, bytes]) -> None:
+    (frame,) = Decoder().feed(pack(DONE, 1, figures, *streams, b""))
     with pytest.raises(SandboxError, match="malformed frame"):
         completed(frame, output_bytes=10)
 
 
 def test_a_result_is_read_as_it_was_sent() -> None:
-    frame = Frame(*unpack(pack(DONE, 1, -9, 1, 1_500_000, b"out", 3, b"err", 0, 2_000_000, 500_000, 7, b"")[4:]))
+    frame = Frame(*unpack(pack(DONE, 1, b"-9 1 1500000 3 0 2000000 500000 7", b"out", b"err", b"")[4:]))
     done = completed(frame, output_bytes=10)
     assert (done.exit_code, done.signal, done.timed_out, done.duration_s) == (None, 9, True, 1.5)
     assert (done.stdout, done.stdout_dropped, done.stderr, done.stderr_dropped) == (b"out", 3, b"err", 0)

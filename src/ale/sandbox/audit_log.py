@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,14 +38,15 @@ class AuditLog:
         self.stopped: SandboxStopped | None = None
 
     @contextmanager
-    def command(self, argv: Sequence[bytes]) -> Iterator[int]:
-        """The time of one command, which gets the next number. Raises SandboxStopped when a rule forbids it."""
+    def command(self, argv: bytes) -> Iterator[int]:
+        """The time of one command (arguments with NULs between), which gets the next number. Raises SandboxStopped when
+        a rule forbids it."""
         number = self._last = next(self._numbers)
-        for rule, evidence in heard(b"\n".join(argv).decode("utf-8", "replace")):
+        for rule, evidence in heard(argv.replace(b"\0", b"\n").decode("utf-8", "replace")):
             self._alarm(rule, number, evidence)
         if self.stopped is not None:
             raise self.stopped
-        self._running[number] = b"".join(part + b"\0" for part in argv)
+        self._running[number] = argv + b"\0"
         try:
             yield number
         finally:

@@ -30,7 +30,7 @@ MAX_FRAME_BYTES = max(MAX_FILE_BYTES, 2 * MAX_OUTPUT_BYTES + MAX_SESSION_BYTES, 
 # How many fields a kind has; None: any number.
 _FIELDS: dict[int, int | None] = {
     READY: 1,
-    DONE: 11,
+    DONE: 4,
     DATA: 1,
     OK: 0,
     FAILED: 2,
@@ -43,6 +43,7 @@ _FIELDS: dict[int, int | None] = {
     RESET: 0,
 }
 _MAX_DIGITS = 20
+_FIGURES = 8  # of a command that ended
 _MAX_EXIT, _MAX_SIGNAL = 255, 64
 _MAX_ERRNO = 4095  # the kernel's own bound
 _MAX_REASON = 2000
@@ -105,7 +106,11 @@ def status(field: bytes) -> int:
 
 def completed(frame: Frame, output_bytes: int) -> Completed:
     """A DONE frame as a `Completed`, its streams no longer than was asked for. The session is the last field."""
-    ended, timed_out, took_us, out, out_dropped, err, err_dropped, user_us, system_us, peak_kb, session = frame.fields
+    figures, out, err, session = frame.fields
+    parts = figures.split(b" ", _FIGURES)
+    if len(parts) != _FIGURES:
+        raise SandboxError(f"malformed frame: {len(parts)} figures of a command where {_FIGURES} belong")
+    ended, timed_out, took_us, out_dropped, err_dropped, user_us, system_us, peak_kb = parts
     if len(out) > output_bytes or len(err) > output_bytes:
         raise SandboxError(f"malformed frame: more than {output_bytes} bytes of output")
     if len(session) > MAX_SESSION_BYTES:

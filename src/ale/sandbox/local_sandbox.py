@@ -37,6 +37,7 @@ class LocalSandbox(RockletSandbox):
         self._incarnations = 0
         self._box: Box | None = None  # with the current upper directory
         self._times_out_of_memory = 0
+        self._forks = 0  # refused to the present incarnation, as far as seen
         self._outside = Outside(spec.network, self.log)
 
     async def gather(self) -> None:
@@ -48,6 +49,7 @@ class LocalSandbox(RockletSandbox):
     async def _launch(self) -> Namespace:
         namespace = Namespace(f"{self.name}.{self._incarnations}")
         self._incarnations += 1
+        self._forks = 0
         if self._box is None:
             self._box = self._engine.make_box(namespace.name, self.spec.limits)
         overlay = self._foundation.overlay(self._engine.bottom, self._box.upper, self._box.work)
@@ -69,7 +71,8 @@ class LocalSandbox(RockletSandbox):
         await self._outside.lock()
 
     def _refused_forks(self) -> int:
-        return self._engine.refused_forks(f"{self.name}.{self._incarnations - 1}")
+        before, self._forks = self._forks, self._engine.refused_forks(f"{self.name}.{self._incarnations - 1}")
+        return self._forks - before
 
     async def _end(self) -> None:
         await self._outside.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -56,8 +56,8 @@ class RockletClient:
 
     async def run(
         self,
-        argv: Sequence[bytes],
-        env: Sequence[bytes],
+        argv: bytes,
+        env: bytes,
         cwd: bytes,
         stdin: bytes,
         *,
@@ -66,15 +66,15 @@ class RockletClient:
         output_bytes: int,
         session: bytes | None = None,
     ) -> tuple[Completed, bytes]:
-        """Runs a command, once; (how it ended, the session's state after it).
+        """Runs a command, once; (how it ended, the session's state after it). `argv`, `env`: with NULs between.
 
         Past its time-out and a grace all processes are killed, which is reported as the time-out that it is; the next
         call raises SandboxError.
         """
         state = b"" if session is None else b"s" + session
-        fields: tuple[bytes | int, ...] = (b"%f" % timeout_s, _cpu(cpu_s), output_bytes, cwd, stdin, state, len(argv))
+        fields = (b"%f" % timeout_s, _cpu(cpu_s), output_bytes, cwd, stdin, state, argv, env)
         try:
-            frame = await self._request(RUN, *fields, *argv, *env, expected=DONE, deadline_s=timeout_s + GRACE_S)
+            frame = await self._request(RUN, *fields, expected=DONE, deadline_s=timeout_s + GRACE_S)
         except DeadlineExceeded as error:
             await self._give_up(error)
             return Completed(signal=9, timed_out=True, duration_s=timeout_s + GRACE_S), b""
@@ -132,9 +132,9 @@ class RockletClient:
         return await self._open(UNPACK, path, max_bytes, path=path)
 
     async def terminal(
-        self, argv: Sequence[bytes], env: Sequence[bytes], cwd: bytes, *, rows: int, columns: int, cpu_s: float | None
+        self, argv: bytes, env: bytes, cwd: bytes, *, rows: int, columns: int, cpu_s: float | None
     ) -> Stream:
-        return await self._open(TERMINAL, rows, columns, _cpu(cpu_s), cwd, len(argv), *argv, *env)
+        return await self._open(TERMINAL, rows, columns, _cpu(cpu_s), cwd, argv, env)
 
     async def connect(self, address: bytes) -> Stream:
         return await self._open(CONNECT, address, half_closes=True)

@@ -114,7 +114,7 @@ class RockletSandbox(ABC):
         """As the port has it."""
 
     def _refused_forks(self) -> int:
-        """How often a process was refused so far because there were too many; 0 where nobody counts."""
+        """How often a process was refused since the last look because there were too many; 0 where nobody counts."""
         return 0
 
     # -- life
@@ -167,10 +167,10 @@ class RockletSandbox(ABC):
         if self._broken is not None:
             raise SandboxError(f"sandbox {self.id} is broken: {self._broken}")
 
-    @contextmanager
-    def _failures_of(self, incarnation: Incarnation) -> Iterator[None]:
+    async def _ask(self, work: Callable[[RockletClient], Awaitable[T]]) -> T:
+        incarnation = await self._running()
         try:
-            yield
+            return await work(incarnation.rocklet)
         except OutOfMemory as error:
             if incarnation is self._incarnation:
                 self._leave()
@@ -185,11 +185,6 @@ class RockletSandbox(ABC):
                 self._broken = error
                 self._engine.count(None)
             raise SandboxError(f"sandbox {self.id}: {error}") from error
-
-    async def _ask(self, work: Callable[[RockletClient], Awaitable[T]]) -> T:
-        incarnation = await self._running()
-        with self._failures_of(incarnation):
-            return await work(incarnation.rocklet)
 
     def _leave(self) -> Incarnation | None:
         incarnation, self._incarnation = self._incarnation, None
@@ -250,7 +245,6 @@ class RockletSandbox(ABC):
         argv, env, cwd = self._words(command)
         await self._running()  # a start takes its time, and is no part of the command
         with self.log.command(argv) as number:
-            forks = self._refused_forks()
             try:
                 completed, state = await self._ask(
                     lambda rocklet: rocklet.run(
@@ -267,7 +261,7 @@ class RockletSandbox(ABC):
             except OutOfMemory as error:
                 said = f"killed: {error}\n".encode()[: limits.output_bytes]
                 completed, state = Completed(signal=signal.SIGKILL, stderr=said), b""
-            if (refused := self._refused_forks() - forks) > 0:
+            if (refused := self._refused_forks()) > 0:
                 self.log.forks_refused(number, refused)
         if self.log.stopped is not None:
             raise self.log.stopped
@@ -276,18 +270,18 @@ class RockletSandbox(ABC):
         self._engine.count(completed)
         return completed, state
 
-    def _words(self, command: Command) -> tuple[list[bytes], list[bytes], bytes]:
-        """Arguments, environment and directory as the rocklet takes them."""
+    def _words(self, command: Command) -> tuple[bytes, bytes, bytes]:
+        """Arguments, environment and directory as the rocklet takes them: lists have NULs between."""
         argv = command.argv if command.argv is not None else (self._shell, "-c", command.shell or "")
-        env = [os.fsencode(f"{name}={value}") for name, value in self._environment(command).items()]
-        return [os.fsencode(part) for part in argv], env, os.fsencode(self._path(command.cwd or ""))
+        env = "\0".join([f"{name}={value}" for name, value in self._environment(command).items()])
+        return os.fsencode("\0".join(argv)), os.fsencode(env), os.fsencode(self._path(command.cwd or ""))
 
     @asynccontextmanager
     async def terminal(self, command: Command, *, rows: int = 24, columns: int = 80) -> AsyncIterator[TerminalSession]:
         check_size(rows, columns)
         argv, env, cwd = self._words(command)
         if "TERM" not in self.spec.env and "TERM" not in command.env:
-            env.append(b"TERM=xterm")
+            env += b"\0TERM=xterm"
         cpu_s = self.spec.limits.cpu_s
         stream = await self._ask(
             lambda rocklet: rocklet.terminal(argv, env, cwd, rows=rows, columns=columns, cpu_s=cpu_s)

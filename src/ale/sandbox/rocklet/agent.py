@@ -18,7 +18,7 @@ from time import monotonic
 
 from .commands import Commands
 from .files import list_directory, read_file, stat_entry, write_file
-from .system import CHUNK, EINVAL, SIGCHLD, SIGINT, become_subreaper, forbid_dumps, lower_limit, receive_descriptor, why
+from .system import EINVAL, SIGCHLD, SIGINT, become_subreaper, forbid_dumps, lower_limit, receive_descriptor, why
 from .wire import (
     ACK,
     ASK,
@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # without importing typing, which is slow
 _DEV_NULL = "/dev/null"
 _FIRST_FREE_FD = 10  # below lie the descriptors that commands start with
 _OUTBOX_BYTES = 1 << 19  # beyond this streams wait: what cannot be sent must not pile up
+_READ_BYTES = 100_000  # more, and the C library maps and unmaps memory for every read
 _LOOK_MS = 1000  # how often one that is alone looks at the clock
 _ESTALE = 116
 
@@ -116,17 +117,25 @@ class Rocklet:
     def serve(self) -> None:
         if self.connection >= 0:
             self.meet()
+        poll, handlers, commands = self.poller.poll, self.handlers, self.commands
         while self.running and not self.abandoned():
-            wait_ms = 0 if any(stream.eager() for stream in self.streams.values()) else self.commands.wait_ms()
-            if self.alone_s is not None and self.connection < 0 and (wait_ms is None or wait_ms > _LOOK_MS):
-                wait_ms = _LOOK_MS
-            for fd, event in self.poller.poll(wait_ms):
-                if fd in self.handlers:  # a handler before it may have let go of this one
-                    self.handlers[fd](fd, event)
-            self.commands.step()
-            for stream in list(self.streams.values()):
-                stream.step()
-        self.commands.end_all()
+            for fd, event in poll(self.wait_ms()):
+                handler = handlers.get(fd)
+                if handler is not None:  # else a handler before it has let go of this one
+                    handler(fd, event)
+            commands.step()
+            if self.streams:
+                for stream in list(self.streams.values()):
+                    stream.step()
+        commands.end_all()
+
+    def wait_ms(self) -> "int | None":
+        if self.streams and any(stream.eager() for stream in self.streams.values()):
+            return 0
+        wait_ms = self.commands.wait_ms()
+        if self.alone_s is not None and self.connection < 0 and (wait_ms is None or wait_ms > _LOOK_MS):
+            return _LOOK_MS
+        return wait_ms
 
     def abandoned(self) -> bool:
         if self.alone_s is None or self.connection >= 0:
@@ -135,6 +144,7 @@ class Rocklet:
 
     def awake(self, fd: int, _: int) -> None:
         posix.read(fd, 4096)
+        self.commands.reap()
 
     def room(self) -> bool:
         """Whether streams may add to what is waiting to be sent."""
@@ -178,31 +188,41 @@ class Rocklet:
             self.part()
         elif event & select.POLLOUT:
             self.flush()
+            if not self.outbox:
+                self.poller.modify(self.connection, select.POLLIN)
 
     def receive(self) -> bool:
         try:
-            data = posix.read(self.connection, 4 * CHUNK)
+            data = posix.read(self.connection, _READ_BYTES)
         except BlockingIOError:
             return True
         except OSError:
             return False
-        self.inbox += data
-        while len(self.inbox) >= 4:
-            end = 4 + int.from_bytes(self.inbox[:4], "little")
-            if len(self.inbox) < end:
+        inbox = self.inbox
+        inbox += data
+        at = 0
+        while len(inbox) - at >= 4:
+            end = at + 4 + int.from_bytes(inbox[at : at + 4], "little")
+            if len(inbox) < end:
                 break
-            kind, number, fields = unpack(bytes(self.inbox[4:end]))
-            del self.inbox[:end]
-            self.take(kind, number, fields)
+            frame = bytes(inbox[at + 4 : end])
+            at = end
+            self.take(*unpack(frame))
+        del inbox[:at]
         return bool(data)
 
     def send(self, kind: int, number: int, *fields: bytes | int) -> None:
         self.post(pack(kind, number, *fields))
 
     def post(self, frame: bytes) -> None:
-        if self.connection >= 0:
-            self.outbox += frame
+        if self.connection < 0:
+            return
+        waiting = bool(self.outbox)
+        self.outbox += frame
+        if not waiting:  # else the loop is told when there is room
             self.flush()
+            if self.outbox:
+                self.poller.modify(self.connection, select.POLLIN | select.POLLOUT)
 
     def flush(self) -> None:
         try:
@@ -212,7 +232,6 @@ class Rocklet:
             pass
         except OSError:  # broken: the loop sees its end and parts
             self.outbox.clear()
-        self.poller.modify(self.connection, select.POLLIN | (select.POLLOUT if self.outbox else 0))
 
     # -- requests
 

@@ -29,6 +29,7 @@ FLOOD_PAUSE_S = 0.01
 DRAINED_PIPES = 16  # of background processes: their output goes nowhere, but they must not die of SIGPIPE
 
 _RLIMIT_CPU, _CLOCK_BOOTTIME = 0, 7
+_NEVER = float("inf")
 _DEV_NULL = "/dev/null"
 
 
@@ -87,36 +88,43 @@ class Commands:
         self.children: dict[int, Child] = {}  # by pid: commands and terminals
         self.readers: dict[int, tuple[Job, Output] | None] = {}  # None: drained for a background process
         self.paused: dict[int, float] = {}  # fd -> when to listen again
+        self.due = _NEVER  # when to look at all of them again; too early is harmless
+        self.changed = False  # whether to look at once
 
     # -- the loop
 
     def wait_ms(self) -> int | None:
-        moments = list(self.paused.values())
-        for child in self.children.values():
-            if child.status is not None and child.lingers:
-                moments.append(child.ended + LINGER_S)
-        for job in self.jobs.values():
-            if job.child.status is None and not job.timed_out:
-                moments.append(job.deadline)
-        if not moments:
-            return None
-        return max(0, int((min(moments) - monotonic()) * 1000) + 1)
+        return None if self.due == _NEVER else max(0, int((self.due - monotonic()) * 1000) + 1)
+
+    def by(self, moment: float) -> None:
+        self.due = min(self.due, moment)
 
     def step(self) -> None:
-        self.reap()
-        if not self.jobs and not self.paused:
-            return
+        """Most turns of the loop change nothing here, and cost next to nothing."""
+        if self.changed or (self.due != _NEVER and self.due <= monotonic()):
+            self.look()
+
+    def look(self) -> None:
+        self.changed, self.due = False, _NEVER
         now = monotonic()
-        for fd in [fd for fd, until in self.paused.items() if until <= now]:
-            del self.paused[fd]
-            self.rocklet.watch(fd, select.POLLIN, self.read_output)
+        for fd, until in list(self.paused.items()):
+            if until <= now:
+                del self.paused[fd]
+                self.rocklet.watch(fd, select.POLLIN, self.read_output)
+            else:
+                self.by(until)
         for job in list(self.jobs.values()):
             child = job.child
             if child.status is None and job.deadline <= now and not job.timed_out:
                 job.timed_out = True
                 self.kill_tree(child)
-            if child.status is not None and (now >= child.ended + LINGER_S or not any(self.open_outputs(job))):
+            if child.status is None:
+                if not job.timed_out:
+                    self.by(job.deadline)
+            elif now >= child.ended + LINGER_S or not self.listening(job):
                 self.finish(job)
+            else:
+                self.by(child.ended + LINGER_S)
 
     def runs(self, number: int) -> bool:
         return any(job.number == number for job in self.jobs.values())
@@ -124,7 +132,7 @@ class Commands:
     def cancel(self, number: int) -> None:
         for job in self.jobs.values():
             if job.number == number and job.child.status is None:
-                job.deadline = 0.0
+                job.deadline = self.due = 0.0
 
     def reap(self) -> None:
         while True:
@@ -138,13 +146,15 @@ class Commands:
             if child is not None:
                 child.status, child.ended = posix.waitstatus_to_exitcode(status), monotonic()
                 child.usage = (int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6), usage.ru_maxrss)
+                self.changed = True
+                if pid not in self.jobs:  # a terminal's
+                    self.by(child.ended + LINGER_S)
 
     # -- one command
 
     def run(self, number: int, fields: list[bytes]) -> None:
         timeout_s, cpu_s, keep = float(fields[0]), fields[1], int(fields[2])
-        cwd, stdin, session, count = fields[3], fields[4], fields[5], int(fields[6])
-        argv, environment = fields[7 : 7 + count], fields[7 + count :]
+        cwd, stdin, session, argv, environment = fields[3:]
         started = monotonic()
         ours: list[int] = []
         theirs: list[int] = []
@@ -165,7 +175,7 @@ class Commands:
             status, reason = error.args if isinstance(error, CannotStart) else (126, b"cannot start: " + why(error))
             for fd in [*ours, *theirs, *([] if session_fd is None else [session_fd])]:
                 posix.close(fd)
-            self.rocklet.answer(number, DONE, status, 0, 0, b"", 0, reason[:keep] + b"\n", 0, 0, 0, 0, b"")
+            self.rocklet.answer(number, DONE, b"%d 0 0 0 0 0 0 0" % status, b"", reason[:keep] + b"\n", b"")
             return
         for fd in theirs:
             posix.close(fd)
@@ -174,6 +184,7 @@ class Commands:
         job = Job(number, child, [Output(fd, keep) for fd in ours[:2]], timeout_s, started)
         job.session_fd = session_fd
         self.jobs[child.pid] = job
+        self.by(job.deadline)
         for output in job.outputs:
             self.readers[output.fd] = (job, output)
             self.rocklet.watch(output.fd, select.POLLIN, self.read_output)
@@ -184,8 +195,8 @@ class Commands:
 
     def spawn(
         self,
-        argv: list[bytes],
-        environment: list[bytes],
+        argv: bytes,
+        environment: bytes,
         cwd: bytes,
         stdio: list[int],
         cpu_s: bytes,
@@ -205,13 +216,14 @@ class Commands:
 
     def start(
         self,
-        argv: list[bytes],
-        environment: list[bytes],
+        arguments: bytes,
+        environment: bytes,
         cwd: bytes,
         actions: list[tuple],  # type: ignore[type-arg]
         cpu_s: bytes,
     ) -> Child:
-        env = dict(pair.split(b"=", 1) for pair in environment)
+        argv = arguments.split(b"\0")
+        env = dict(pair.split(b"=", 1) for pair in environment.split(b"\0")) if environment else {}
         start_tick = int(clock_gettime(_CLOCK_BOOTTIME) * self.ticks)
         try:
             posix.chdir(cwd)
@@ -273,47 +285,45 @@ class Commands:
     def pause(self, fd: int) -> None:
         self.rocklet.unwatch(fd)
         self.paused[fd] = monotonic() + FLOOD_PAUSE_S
+        self.by(self.paused[fd])
 
     def drop_reader(self, fd: int) -> None:
         self.paused.pop(fd, None)
         self.rocklet.unwatch(fd)
-        del self.readers[fd]
+        owner = self.readers.pop(fd)
+        if owner is not None and owner[0].child.status is not None:
+            self.changed = True  # it may have been all that was awaited
         posix.close(fd)
 
-    def open_outputs(self, job: Job) -> list[bool]:
-        owners = [self.readers.get(output.fd) for output in job.outputs]
-        return [owner is not None and owner[0] is job for owner in owners]
+    def holds(self, job: Job, output: Output) -> bool:
+        owner = self.readers.get(output.fd)
+        return owner is not None and owner[0] is job
+
+    def listening(self, job: Job) -> bool:
+        """Whether one of its output pipes has not come to its end."""
+        return self.holds(job, job.outputs[0]) or self.holds(job, job.outputs[1])
 
     def finish(self, job: Job) -> None:
         child = job.child
         del self.jobs[child.pid]
         del self.children[child.pid]
         self.close_stdin(job)
-        for output, is_open in zip(job.outputs, self.open_outputs(job), strict=True):
-            if is_open:  # a background process holds it
+        for output in job.outputs:
+            if self.holds(job, output):  # a background process has it
                 self.readers[output.fd] = None
-        left = [fd for fd, owner in self.readers.items() if owner is None]
-        for fd in left[:-DRAINED_PIPES]:
-            self.drop_reader(fd)
+        if self.readers:
+            left = [fd for fd, owner in self.readers.items() if owner is None]
+            for fd in left[:-DRAINED_PIPES]:
+                self.drop_reader(fd)
         session = b""
         if job.session_fd is not None:
             session = posix.pread(job.session_fd, MAX_SESSION_BYTES, 0)
             posix.close(job.session_fd)
         out, err = job.outputs
         assert child.status is not None
-        self.rocklet.answer(
-            job.number,
-            DONE,
-            child.status,
-            int(job.timed_out),
-            int((child.ended - job.started) * 1e6),
-            out.value(),
-            out.dropped,
-            err.value(),
-            err.dropped,
-            *child.usage,
-            session,
-        )
+        took_us = int((child.ended - job.started) * 1e6)
+        figures = (child.status, job.timed_out, took_us, out.dropped, err.dropped, *child.usage)
+        self.rocklet.answer(job.number, DONE, b"%d %d %d %d %d %d %d %d" % figures, out.value(), err.value(), session)
 
     # -- the end of a tree
 

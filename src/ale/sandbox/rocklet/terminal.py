@@ -17,8 +17,8 @@ _TIOCSWINSZ = 0x5414
 
 class Terminal(Relay):
     def __init__(self, rocklet: "Rocklet", number: int, fields: list[bytes]) -> None:
-        rows, columns, cpu_s, cwd, count = int(fields[0]), int(fields[1]), fields[2], fields[3], int(fields[4])
-        argv, environment = fields[5 : 5 + count], fields[5 + count :]
+        rows, columns = int(fields[0]), int(fields[1])
+        cpu_s, cwd, argv, environment = fields[2:]
         ours, theirs = posix.openpty()
         try:
             resize(ours, rows, columns)

@@ -10,8 +10,8 @@ A stream has the number of the request that opened it (one that the rocklet open
 up). Each side may send WINDOW bytes of pieces, and as many more as the other has given it credit for.
 """
 
-# Requests, each answered once. In brackets: fields, and the answer's kind.
-RUN = 1  # [time-out s, cpu s or "", bytes kept, cwd, stdin, session, argc, argv..., env...] DONE
+# Requests, each answered once. In brackets: fields, and the answer's kind. argv and env: each a list with NULs between.
+RUN = 1  # [time-out s, cpu s or "", bytes kept, cwd, stdin, session, argv, env] DONE
 CANCEL = 2  # ends the command of that number; answered by its DONE
 READ = 3  # [path, most bytes] DATA
 WRITE = 4  # [path, mode, bytes] OK
@@ -23,7 +23,7 @@ ACK = 9  # the answer to that number has come; not answered
 # Requests that open a stream, answered by OPENED.
 PACK = 10  # [path] a tree, out of the sandbox
 UNPACK = 11  # [path, most bytes] a tree, into the sandbox
-TERMINAL = 12  # [rows, columns, cpu s or "", cwd, argc, argv..., env...]
+TERMINAL = 12  # [rows, columns, cpu s or "", cwd, argv, env]
 CONNECT = 13  # [address]
 LISTEN = 14  # [address] answered by OPENED; each connection then comes as INCOMING
 RESIZE = 15  # [rows, columns] of the terminal of that number; not answered
@@ -34,7 +34,8 @@ END = 34  # [exit status of a terminal, else ""] no more pieces from this side
 RESET = 35  # the stream is given up
 # Answers.
 READY = 64  # [highest number seen] the first frame of every connection
-DONE = 65  # [status, timed out, microseconds, stdout, dropped, stderr, dropped, user us, system us, peak kB, session]
+DONE = 65  # [figures, stdout, stderr, session]
+# figures: status, timed out, microseconds, dropped of stdout and of stderr, user us, system us, peak kB; spaces between
 DATA = 66  # [bytes]
 OK = 67
 FAILED = 68  # [errno, reason]
