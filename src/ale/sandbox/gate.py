@@ -8,6 +8,7 @@ hands both descriptors to the engine outside. Nobody inside holds either: there 
 
 import _ctypes
 import _socket
+import gc
 import marshal
 import posix
 import sys
@@ -38,6 +39,7 @@ def watch(program: bytes) -> int:
 
 
 def main() -> None:
+    gc.disable()  # nothing is garbage before the rocklet serves, which turns it on
     port, program, script = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     fds = []
     if port:

@@ -17,11 +17,14 @@ import sys
 import sysconfig
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path
+from types import CodeType
 
 from ale.errors import SandboxError
 from ale.sandbox import gate, rocklet
 
 MOUNT_POINT = "/.rocklet"
+# In the order in which they need one another.
+BUNDLED = ("__init__", "system", "wire", "commands", "files", "agent")
 _START_S = 30.0
 
 # Prints what the rocklet's imports loaded: module files, and every file mapped into the process.
@@ -69,8 +72,10 @@ class Interpreter:
             self.argv = (f"{MOUNT_POINT}/lib/{loader}", "--library-path", f"{MOUNT_POINT}/lib", *self.argv)
         (directory / "gate.pyc").write_bytes(_compiled(Path(gate.__file__)))
         (directory / "rocklet").mkdir()
-        for source in Path(rocklet.__file__).parent.glob("*.py"):
+        package = Path(rocklet.__file__).parent
+        for source in package.glob("*.py"):
             (directory / "rocklet" / f"{source.stem}.pyc").write_bytes(_compiled(source))
+        (directory / "rocklet" / "bundle").write_bytes(bundle(package))
 
     @staticmethod
     def _copy_module(module: Path, prefix: Path, library: Path) -> None:
@@ -97,10 +102,19 @@ def _copy_library(path: Path, target: Path) -> None:
 
 
 @functools.cache  # for the next engine of this process
+def _code(source: Path) -> CodeType:
+    return compile(source.read_bytes(), str(source), "exec", dont_inherit=True, optimize=2)  # no docstrings to hold
+
+
 def _compiled(source: Path) -> bytes:
     """What stands in a .pyc file that has no source beside it: such a one needs neither time nor size of the source."""
-    code = compile(source.read_bytes(), str(source), "exec", dont_inherit=True)
-    return MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+    return MAGIC_NUMBER + bytes(12) + marshal.dumps(_code(source))
+
+
+def bundle(package: Path) -> bytes:
+    """The modules that every rocklet starts with, for `start.py` to take out of one file."""
+    names = {"rocklet" if stem == "__init__" else f"rocklet.{stem}": stem for stem in BUNDLED}
+    return marshal.dumps([(name, _code(package / f"{stem}.py")) for name, stem in names.items()])
 
 
 @functools.cache

@@ -11,6 +11,7 @@ stays open as long as the engine lives; without a door (it is not a socket) the 
 """
 
 import _signal  # type: ignore[import-not-found]  # `signal` imports enum, which is slow
+import gc
 import posix
 import select
 import sys
@@ -115,6 +116,8 @@ class Rocklet:
             self.poller.unregister(fd)
 
     def serve(self) -> None:
+        gc.freeze()  # what is there now stays
+        gc.enable()
         if self.connection >= 0:
             self.meet()
         poll, handlers, commands = self.poller.poll, self.handlers, self.commands

@@ -2,14 +2,12 @@
 
 import posix
 import select
+from _signal import valid_signals  # type: ignore[import-not-found]  # `signal` imports enum, which is slow
 from time import clock_gettime, monotonic, sleep
 
 from .system import (
     CHUNK,
     ENOENT,
-    SIGINT,
-    SIGPIPE,
-    SIGXFSZ,
     descendants,
     kill,
     lower_limit,
@@ -30,6 +28,9 @@ DRAINED_PIPES = 16  # of background processes: their output goes nowhere, but th
 
 _RLIMIT_CPU, _CLOCK_BOOTTIME = 0, 7
 _NEVER = float("inf")
+# Reset in every command. All of them, not only those that are ignored here: the C library asks how each of the others
+# is set before it sets it.
+_SIGNALS = tuple(valid_signals())
 _DEV_NULL = "/dev/null"
 
 
@@ -235,9 +236,7 @@ class Commands:
                 if not may_be_there(program):
                     continue  # else a process would start just to find that out
                 try:
-                    pid = posix.posix_spawn(
-                        program, argv, env, file_actions=actions, setsid=True, setsigdef=(SIGPIPE, SIGXFSZ, SIGINT)
-                    )
+                    pid = posix.posix_spawn(program, argv, env, file_actions=actions, setsid=True, setsigdef=_SIGNALS)
                 except OSError as error:
                     if error.errno != ENOENT:
                         failure = CannotStart(126, program + b": " + why(error))

@@ -7,8 +7,27 @@ start.pyc bridge                  such a connection (bridge.py)
 
 import sys
 
-sys.path.append(__file__.rpartition("/")[0].rpartition("/")[0])
 
-# By name: there is no such top-level package but in the sandbox.
-name = sys.argv.pop(1) if sys.argv[1:2] in (["listen"], ["bridge"]) else "agent"
-getattr(__import__("rocklet." + name), name).main()
+def load(path: str) -> None:
+    """Makes modules of what `bundle` in interpreter.py wrote: to find and read file after file would take the import
+    system longer than Python takes to run what is in them."""
+    import marshal
+
+    with open(path, "rb") as file:
+        modules = marshal.loads(file.read())
+    for module, code in modules:
+        made = sys.modules[module] = type(sys)(module)
+        made.__package__ = "rocklet"
+        if module == "rocklet":
+            made.__path__ = [folder]  # of those that are loaded when first asked for
+        exec(code, made.__dict__)
+
+
+folder = __file__.rpartition("/")[0]
+sys.path.append(folder.rpartition("/")[0])
+if __file__.endswith(".pyc"):  # the copy in a sandbox
+    load(folder + "/bundle")
+
+name = "rocklet." + (sys.argv.pop(1) if sys.argv[1:2] in (["listen"], ["bridge"]) else "agent")
+__import__(name)  # by name: there is no such top-level package but in the sandbox
+sys.modules[name].main()
