@@ -112,9 +112,12 @@ def _compiled(source: Path) -> bytes:
 
 
 def bundle(package: Path) -> bytes:
-    """The modules that every rocklet starts with, for `start.py` to take out of one file."""
-    names = {"rocklet" if stem == "__init__" else f"rocklet.{stem}": stem for stem in BUNDLED}
-    return marshal.dumps([(name, _code(package / f"{stem}.py")) for name, stem in names.items()])
+    """The modules that every rocklet starts with, for `start.py` to take out of one file, one after another: read at
+    once, they would leave each sandbox with memory that it does not need again."""
+    names = ["rocklet" if stem == "__init__" else f"rocklet.{stem}" for stem in BUNDLED]
+    codes = [marshal.dumps(_code(package / f"{stem}.py")) for stem in BUNDLED]
+    sizes = [f"{name}={len(code)}" for name, code in zip(names, codes, strict=True)]
+    return " ".join(sizes).encode() + b"\n" + b"".join(codes)
 
 
 @functools.cache

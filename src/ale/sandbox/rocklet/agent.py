@@ -116,8 +116,7 @@ class Rocklet:
             self.poller.unregister(fd)
 
     def serve(self) -> None:
-        gc.freeze()  # what is there now stays
-        gc.enable()
+        gc.enable()  # which `gate.py` had turned off
         if self.connection >= 0:
             self.meet()
         poll, handlers, commands = self.poller.poll, self.handlers, self.commands

@@ -14,13 +14,13 @@ def load(path: str) -> None:
     import marshal
 
     with open(path, "rb") as file:
-        modules = marshal.loads(file.read())
-    for module, code in modules:
-        made = sys.modules[module] = type(sys)(module)
-        made.__package__ = "rocklet"
-        if module == "rocklet":
-            made.__path__ = [folder]  # of those that are loaded when first asked for
-        exec(code, made.__dict__)
+        for entry in file.readline().split():
+            module, _, size = entry.decode().partition("=")
+            made = sys.modules[module] = type(sys)(module)
+            made.__package__ = "rocklet"
+            if module == "rocklet":
+                made.__path__ = [folder]  # of those that are loaded when first asked for
+            exec(marshal.loads(file.read(int(size))), made.__dict__)
 
 
 folder = __file__.rpartition("/")[0]
