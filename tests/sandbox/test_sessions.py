@@ -118,6 +118,13 @@ async def test_a_terminal_takes_keys_and_shows_a_screen(engine: SandboxEngine) -
         assert await terminal.read(deadline_s=WAIT_S) is not None
 
 
+async def test_a_terminal_ends_with_its_command_though_a_background_process_holds_it(engine: SandboxEngine) -> None:
+    async with engine.start(SandboxSpec()) as sandbox:
+        command = Command(argv=("/bin/sh", "-c", "trap '' HUP; sleep 1000 & exit 3"))
+        async with sandbox.terminal(command) as terminal:
+            assert await terminal.wait(deadline_s=WAIT_S) == 3
+
+
 async def until(terminal: object, text: str) -> str:
     seen = ""
     while text not in seen:

@@ -124,7 +124,8 @@ class Commands:
                     self.by(job.deadline)
             elif now >= child.ended + LINGER_S or not self.listening(job):
                 self.finish(job)
-            else:
+        for child in self.children.values():  # of commands, and of terminals, which look for themselves
+            if child.status is not None and child.lingers:
                 self.by(child.ended + LINGER_S)
 
     def runs(self, number: int) -> bool:
@@ -148,8 +149,6 @@ class Commands:
                 child.status, child.ended = posix.waitstatus_to_exitcode(status), monotonic()
                 child.usage = (int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6), usage.ru_maxrss)
                 self.changed = True
-                if pid not in self.jobs:  # a terminal's
-                    self.by(child.ended + LINGER_S)
 
     # -- one command
 
