@@ -33,7 +33,9 @@ from ale.sandbox.stream import Stream
 # What the rocklet may add to a command's own time-out before the host takes over.
 GRACE_S = 5.0
 RECONNECT_S = 5.0
-_ACK_NOW_BYTES = 65536  # a larger answer is not left in the sandbox's memory until the next request
+# Answers are acknowledged together, and with the next request: when they are so many, or at once when they take so much
+# of the sandbox's memory.
+_ACK_COUNT, _ACK_NOW_BYTES = 16, 65536
 _CLOSED_STREAMS = 1024  # whose last frames may still be on their way
 
 Reconnect = Callable[[], Awaitable[socket.socket]]
@@ -89,7 +91,8 @@ class Channel:
         self._on_broken, self._reconnect = on_broken, reconnect
         self._link: Link | None = None
         self._asked: dict[int, _Asked] = {}
-        self._owed: list[int] = []  # acknowledgements that go with the next request
+        self._owed: list[int] = []  # what is to be acknowledged
+        self._owed_bytes = 0
         self._streams: dict[int, Stream] = {}
         self._listeners: dict[int, Callable[[Stream], None]] = {}
         self._closed: deque[int] = deque(maxlen=_CLOSED_STREAMS)
@@ -182,8 +185,10 @@ class Channel:
 
     def _write(self, frame: bytes) -> None:
         if self._link is not None and self._link.up and self._link.transport is not None:
-            owed, self._owed = self._owed, []
-            self._link.transport.write(b"".join([*(pack(ACK, number) for number in owed), frame]))
+            if len(self._owed) >= _ACK_COUNT or self._owed_bytes > _ACK_NOW_BYTES:
+                frame = pack(ACK, 0, b" ".join([b"%d" % number for number in self._owed])) + frame
+                self._owed, self._owed_bytes = [], 0
+            self._link.transport.write(frame)
 
     async def _cancel(self, number: int, asked: _Asked) -> None:
         asked.cancelled = True
@@ -222,7 +227,8 @@ class Channel:
             raise SandboxError(f"malformed frame: kind {frame.kind} in answer to request {frame.number}")
         del self._asked[frame.number]
         self._owed.append(frame.number)
-        if sum(map(len, frame.fields)) > _ACK_NOW_BYTES:
+        self._owed_bytes += sum(map(len, frame.fields))
+        if self._owed_bytes > _ACK_NOW_BYTES:
             self._write(b"")
         if not asked.answer.done():
             asked.answer.set_result(frame)

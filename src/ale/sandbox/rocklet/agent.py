@@ -249,8 +249,9 @@ class Rocklet:
 
     def take(self, kind: int, number: int, fields: list[bytes]) -> None:
         if kind == ACK:
-            self.answers.pop(number, None)
-            self.told.discard(number)
+            for answered in map(int, fields[0].split()):
+                self.answers.pop(answered, None)
+                self.told.discard(answered)
         elif kind == ASK:
             if number in self.answers:
                 self.tell(number)

@@ -79,6 +79,9 @@ class Job:
         self.stdin_fd: int | None = None
         self.stdin = memoryview(b"")
         self.session_fd: int | None = None
+        # The ends that the command writes to: kept open until it has ended, so that the end of its output, which comes
+        # a moment before, does not wake the loop once more for each pipe.
+        self.inlets: list[int] = []
 
 
 class Commands:
@@ -149,6 +152,8 @@ class Commands:
                 child.status, child.ended = posix.waitstatus_to_exitcode(status), monotonic()
                 child.usage = (int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6), usage.ru_maxrss)
                 self.changed = True
+                if pid in self.jobs:
+                    self.drain(self.jobs[pid])
 
     # -- one command
 
@@ -177,11 +182,12 @@ class Commands:
                 posix.close(fd)
             self.rocklet.answer(number, DONE, b"%d 0 0 0 0 0 0 0" % status, b"", reason[:keep] + b"\n", b"")
             return
-        for fd in theirs:
-            posix.close(fd)
+        if stdin:
+            posix.close(theirs.pop())
         for fd in ours:
             posix.set_blocking(fd, False)
         job = Job(number, child, [Output(fd, keep) for fd in ours[:2]], timeout_s, started)
+        job.inlets = theirs
         job.session_fd = session_fd
         self.jobs[child.pid] = job
         self.by(job.deadline)
@@ -279,6 +285,15 @@ class Commands:
             owner[1].take(data)
             if owner[1].dropped > FLOOD_BYTES:
                 self.pause(fd)
+
+    def drain(self, job: Job) -> None:
+        """Reads what a command that has ended left in its pipes, and their end unless a background process has them."""
+        for fd in job.inlets:
+            posix.close(fd)
+        for output in job.outputs:
+            for _ in range(2):
+                if self.holds(job, output):
+                    self.read_output(output.fd, select.POLLIN)
 
     def pause(self, fd: int) -> None:
         self.rocklet.unwatch(fd)

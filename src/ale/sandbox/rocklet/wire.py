@@ -19,7 +19,7 @@ LIST = 5  # [path] LISTED
 STAT = 6  # [path] LISTED, one entry
 PING = 7  # [] OK
 ASK = 8  # what became of that number: its answer again, now or when it is there
-ACK = 9  # the answer to that number has come; not answered
+ACK = 9  # [numbers, spaces between] their answers have come; not answered
 # Requests that open a stream, answered by OPENED.
 PACK = 10  # [path] a tree, out of the sandbox
 UNPACK = 11  # [path, most bytes] a tree, into the sandbox
