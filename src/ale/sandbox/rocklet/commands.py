@@ -8,9 +8,11 @@ from time import clock_gettime, monotonic, sleep
 from .system import (
     CHUNK,
     ENOENT,
+    candidates,
     descendants,
     kill,
     lower_limit,
+    may_be_there,
     top_of,
     why,
 )  # fmt: skip
@@ -390,20 +392,6 @@ class Commands:
 
 class CannotStart(Exception):
     """(exit status of a shell in that case, why)."""
-
-
-def candidates(name: bytes, env: dict[bytes, bytes]) -> list[bytes]:
-    if b"/" in name:
-        return [name]
-    return [folder + b"/" + name for folder in env.get(b"PATH", b"").split(b":") if folder]
-
-
-def may_be_there(program: bytes) -> bool:
-    try:
-        posix.stat(program)
-    except OSError as error:
-        return error.errno != ENOENT
-    return True
 
 
 def open_session(state: bytes) -> int:

@@ -100,3 +100,17 @@ def top_of(pid: int, table: dict[int, tuple[int, int]]) -> tuple[int, int]:
             break
         pid = parent
     return pid, table[pid][0]
+
+
+def candidates(name: bytes, env: dict[bytes, bytes]) -> list[bytes]:
+    if b"/" in name:
+        return [name]
+    return [folder + b"/" + name for folder in env.get(b"PATH", b"").split(b":") if folder]
+
+
+def may_be_there(program: bytes) -> bool:
+    try:
+        posix.stat(program)
+    except OSError as error:
+        return error.errno != ENOENT
+    return True
