@@ -128,14 +128,15 @@ class Pool:
     async def _take(self, spec: SandboxSpec) -> tuple[_Kept, Sandbox]:
         template = self._templates.setdefault(_key(spec), _Template(structs.replace(spec, label="")))
         template.taken.append(time.monotonic())
-        self._wake.set()
         while template.idle:
             kept = template.idle.popleft()
             sandbox = await self._if_well(kept)
             if sandbox is not None:
                 sandbox.assign(spec.label)
                 self._hits += 1
+                self._wake.set()  # not before: the start of its successor would slow it down
                 return kept, sandbox
+        self._wake.set()
         await self._admit(spec)
         kept = _Kept(self._engine, spec)
         try:
