@@ -64,7 +64,7 @@ class CountingEngine:
 @asynccontextmanager
 async def pooled(capacity: Capacity, **settings: Any) -> AsyncIterator[tuple[CountingEngine, Pool]]:
     engine = CountingEngine()
-    async with open_pool(engine, capacity, **settings) as pool:  # type: ignore[arg-type]
+    async with open_pool(engine, capacity, pause_s=0, **settings) as pool:  # type: ignore[arg-type]
         yield engine, pool
     assert engine.alive == []
 

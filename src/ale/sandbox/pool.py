@@ -68,10 +68,17 @@ class Pool:
     """Made by `open_pool`. A SandboxEngine; `start` and `run` raise SandboxBusy and DeadlineExceeded besides."""
 
     def __init__(
-        self, engine: SandboxEngine, admission: Admission, *, max_warm: int, deadline_s: float, memory_s: float
+        self,
+        engine: SandboxEngine,
+        admission: Admission,
+        *,
+        max_warm: int,
+        deadline_s: float,
+        memory_s: float,
+        pause_s: float,
     ) -> None:
         self._engine, self._admission = engine, admission
-        self._max_warm, self._deadline_s, self._memory_s = max_warm, deadline_s, memory_s
+        self._max_warm, self._deadline_s, self._memory_s, self._pause_s = max_warm, deadline_s, memory_s, pause_s
         self._templates: dict[Hashable, _Template] = {}
         self._wake = asyncio.Event()
         self._hits = self._broken = 0
@@ -134,7 +141,7 @@ class Pool:
             if sandbox is not None:
                 sandbox.assign(spec.label)
                 self._hits += 1
-                self._wake.set()  # not before: the start of its successor would slow it down
+                self._wake.set()
                 return kept, sandbox
         self._wake.set()
         await self._admit(spec)
@@ -213,14 +220,18 @@ class Pool:
             if not template.taken and not template.idle:
                 del self._templates[key]
 
+    def _lacks(self, template: _Template, cost: Cost) -> bool:
+        if len(template.idle) >= self._wanted(template) or self._admission.waiting:
+            return False
+        return self._admission.fits(cost)
+
     async def _warm(self) -> None:
         for template in list(self._templates.values()):
             cost = Cost.of(template.spec)
-            while (
-                len(template.idle) < self._wanted(template)
-                and not self._admission.waiting
-                and self._admission.fits(cost)
-            ):
+            while self._lacks(template, cost):
+                await asyncio.sleep(self._pause_s)
+                if not self._lacks(template, cost):
+                    break
                 self._admission.take(cost)
                 kept = _Kept(self._engine, template.spec)
                 try:
@@ -258,11 +269,13 @@ async def open_pool(
     max_warm: int = 8,
     deadline_s: float = 60.0,
     memory_s: float = 30.0,
+    pause_s: float = 0.02,
 ) -> AsyncIterator[Pool]:
     """A pool in front of an open engine.
 
     `max_warm`: idle sandboxes per template at most; `deadline_s`: the longest wait for a place; `memory_s`: how long a
-    demand is remembered, and how often what is idle is pinged.
+    demand is remembered, and how often what is idle is pinged; `pause_s`: before each start that nobody waits for: it
+    would slow down the first commands of what was just taken.
     """
     pool = Pool(
         engine,
@@ -270,6 +283,7 @@ async def open_pool(
         max_warm=max_warm,
         deadline_s=deadline_s,
         memory_s=memory_s,
+        pause_s=pause_s,
     )
     keeping = asyncio.ensure_future(pool.keep())
     try:
