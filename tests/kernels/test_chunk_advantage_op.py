@@ -200,6 +200,33 @@ def test_half_precision_inputs_are_summed_in_fp32(dtype: torch.dtype, tolerance:
     torch.testing.assert_close(ours.log_ratio_U.double(), wide.log_ratio_U, rtol=1e-5, atol=1e-6)
 
 
+def improbable(lengths: Chunks, mean: float) -> dict[str, Any]:
+    """Policies that agree to a percent on tokens they find improbable: sums are large and their difference is not."""
+    arguments = draw(lengths, seed=11)
+    old = arguments["logp_T"] + mean
+    noise = torch.randn(2, len(old), generator=torch.Generator().manual_seed(12)) * 0.01
+    return {**arguments, "logp_T": old + noise[0], "logp_old_T": old, "logp_mu_T": old + noise[1]}
+
+
+def test_a_mean_ratio_of_improbable_tokens_is_within_1e_5_of_float64() -> None:
+    rule = Weighting(clip_positive=(0.0, 4.0), clip_negative=(0.0, 4.0))
+    assert_ratios_are_those_of_float64(improbable([[1, 7, 64, 1000], [30_000, 2], [64] * 40], mean=-10.0), rule)
+
+
+def test_a_ratio_that_is_a_product_over_ten_thousand_tokens_is_within_1e_5_of_float64() -> None:
+    rule = replace(ALGORITHMS["topr"], clip_positive=(0.0, 4.0), clip_negative=(0.0, 4.0))
+    assert_ratios_are_those_of_float64(improbable([[50] * 200, [10_000]], mean=-1.0), rule)
+
+
+def assert_ratios_are_those_of_float64(arguments: dict[str, Any], rule: Weighting) -> None:
+    ours, gradient = solve(arguments, weighting=rule)
+    wide, exact = solve({k: v.double() if k.startswith("logp") else v for k, v in arguments.items()}, weighting=rule)
+    assert torch.equal(ours.mask_U, wide.mask_U)
+    torch.testing.assert_close(ours.weight_U.double(), wide.weight_U, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.loss.double(), wide.loss, rtol=1e-5, atol=0)
+
+
 # --- rewards within a trajectory --------------------------------------------------------------------------------------
 
 
