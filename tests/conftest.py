@@ -23,10 +23,16 @@ CORPUS = [
 ] * 4
 
 
+# The longest first, so that two workers end at about the same time; what runs long by itself is at home in `full`.
+LONGEST = (
+    *("test_learning.py", "test_chunk_advantage_kernel.py", "test_resume.py", "test_under_the_interpreter.py"),
+    *("test_ranks.py", "test_embedding.py", "test_ahead_of_time.py"),
+)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: whatever runs beside it is done by the time it ends."""
-    items.sort(key=lambda item: item.path.name != "test_learning.py")
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:
