@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 
 from ale.sandbox import SandboxEngine, open_engine
+
+# Before torch is imported. Tensors here are tiny, and two workers with two threads each wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CORPUS = [
     "Copy oak.txt to fox.txt.",
