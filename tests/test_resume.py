@@ -12,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from ale.cli import app
 from ale.data.events import Event, GroupDropped, GroupOpened, Recorded, RolloutDropped, RolloutKept, RolloutStarted
 from ale.data.events import Updated as Trained
 from ale.data.journal import Journal
@@ -96,8 +98,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tmp_path: Path, nano_p
     assert kept <= {e.trajectory.id for e in folder.events() if isinstance(e, RolloutKept)}
 
     before = (folder.path / "summary.json").read_bytes()
-    out, _ = folder.ale("train", "runs/a", "--resume")
-    assert "had ended before; nothing was left to do" in out
+    done = CliRunner().invoke(app, ["train", str(folder.path), "--resume"])
+    assert done.exit_code == 0, done.output
+    assert "had ended before; nothing was left to do" in done.output
     assert (folder.path / "summary.json").read_bytes() == before
 
 

@@ -37,7 +37,7 @@ def interpret(*options: str, examples: int) -> int:
 
 
 def test_the_tests_of_the_op_pass_on_the_kernels_under_the_interpreter() -> None:
-    assert interpret("-m", "not full", examples=3) > 70
+    assert interpret("-m", "not full", examples=3) > 60
 
 
 @pytest.mark.full
