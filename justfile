@@ -31,10 +31,10 @@ vllm := env("VLLM_VENV", justfile_directory() / ".venv-vllm")
 @test *args: setup
     python -m pytest -m "not full" -n 2 --dist loadfile --no-loadscope-reorder {{ args }}
 
-# Run all tests, the slow ones too
+# Run all tests, the slow ones too, two files at a time: about 40 minutes
 [no-exit-message]
 @test-full *args: setup
-    python -m pytest {{ args }}
+    python -m pytest -n 2 --dist loadfile --no-loadscope-reorder {{ args }}
 
 # Run the contract tests against a Docker engine of their own, which is fetched where there is none
 [no-exit-message]

@@ -38,6 +38,7 @@ from ale.data.events import Updated as Trained
 from ale.data.journal import Journal
 from ale.sandbox.state import PREFIX, SHARED_MEMORY, shows_tools
 from ale.testing.processes import ended, processes_with
+from ale.testing.small_run import write_small
 
 ROOT = Path(__file__).resolve().parent.parent
 UPDATES = 5
@@ -46,28 +47,6 @@ HANG_S = 240.0
 VICTIMS = ("controller", "learner", "engine", "launcher", "sandbox", "tree")
 _MARK = "ALE_CHAOS_RUN"
 _FIND_S = 5.0  # how long a victim is looked for, until the next best is taken
-
-CONFIG = """
-name = "a"
-[model]
-path = "{model}"
-[tasks]
-heldout = 1
-families = 0
-[agent]
-max_turns = 2
-max_turn_tokens = 3
-max_context_tokens = 400
-[rollout]
-group_size = 2
-groups_per_step = 2
-concurrency = 8
-[algorithm]
-baseline = "signed"
-[learner]
-updates = {updates}
-checkpoint_every = 2
-"""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +76,7 @@ class Case:
         self.folder = place / "runs" / "a"
         self.temporary = place / "tmp"
         self.temporary.mkdir(parents=True)
-        (place / "small.toml").write_text(CONFIG.format(model=model, updates=UPDATES))
+        write_small(place, model, {"tasks.heldout": 1, "warm_start.steps": 0, "learner.updates": UPDATES})
         self.lives: list[int] = []
         self.finished = set[str]()
         self.victims: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 
 from ale.sandbox import SandboxEngine, open_engine
 
+# Before torch is imported. Tensors here are tiny, and two workers with two threads each wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 CORPUS = [
     "Copy oak.txt to fox.txt.",
     "cp oak.txt fox.txt",
@@ -23,10 +27,16 @@ CORPUS = [
 ] * 4
 
 
+# The longest first, so that two workers end at about the same time; what runs long by itself is at home in `full`.
+LONGEST = (
+    *("test_learning.py", "test_chunk_advantage_kernel.py", "test_resume.py", "test_under_the_interpreter.py"),
+    *("test_ranks.py", "test_embedding.py", "test_ahead_of_time.py"),
+)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: whatever runs beside it is done by the time it ends."""
-    items.sort(key=lambda item: item.path.name != "test_learning.py")
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

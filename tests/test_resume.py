@@ -7,72 +7,26 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-import uuid
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from ale.cli import app
 from ale.data.events import Event, GroupDropped, GroupOpened, Recorded, RolloutDropped, RolloutKept, RolloutStarted
 from ale.data.events import Updated as Trained
 from ale.data.journal import Journal
 from ale.testing.processes import ended, processes_with
-
-CONFIG = """
-name = "a"
-[model]
-path = "{model}"
-[tasks]
-heldout = 2
-families = 0
-[warm_start]
-steps = 2
-demonstrations = 2
-batch = 2
-[agent]
-max_turns = 2
-max_turn_tokens = 3
-max_context_tokens = 400
-[rollout]
-group_size = 2
-groups_per_step = 2
-concurrency = 8
-[algorithm]
-baseline = "signed"
-[learner]
-updates = {updates}
-checkpoint_every = 2
-"""
-DEADLINE_S = 600.0
+from ale.testing.small_run import DEADLINE_S, SmallRun
 
 
-class Folder:
-    """A run folder and the commands that work on it."""
+class Folder(SmallRun):
+    """That, and what its journal says."""
 
-    def __init__(self, path: Path, model: Path, updates: int) -> None:
-        self.cwd = path
-        self.path = path / "runs" / "a"
-        self.mark = uuid.uuid4().hex
-        (path / "small.toml").write_text(CONFIG.format(model=model, updates=updates))
-
-    def start(self, *args: str, wrap: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*wrap, sys.executable, "-c", "from ale.cli import main; main()", "train", *args],
-            cwd=self.cwd,
-            env=os.environ | {"ALE_TEST_RUN": self.mark, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *args: str, code: int = 0) -> tuple[str, str]:
-        process = self.start(*args)
-        out, err = process.communicate(timeout=DEADLINE_S)
-        assert process.returncode == code, (out, err)
-        return out, err
+    def __init__(self, place: Path, model: Path, updates: int) -> None:
+        super().__init__(place, model, {"learner.updates": updates})
 
     def events(self) -> list[Event]:
         journal = Journal(self.path / "journal")
@@ -80,9 +34,6 @@ class Folder:
             return list(journal.read())
         finally:
             journal.close()
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
 
     def wait_for(self, process: subprocess.Popen[str], kind: type, count: int) -> None:
         """Until the journal holds so many events of this kind."""
@@ -115,16 +66,17 @@ def check(folder: Folder, updates: int) -> None:
     assert [e.number for e in events if isinstance(e, Trained)] == list(range(1, updates + 1))
     assert [e.update for e in events if isinstance(e, Recorded)] == list(range(1, updates + 1))
 
-    written = [line for line in folder.lines("metrics.jsonl") if "update" in line]
+    written = folder.lines()
     assert [line["update"] for line in written] == list(range(1, updates + 1))
     for line in written:
         books = line["ledger"]
         assert books["started"] == books["trained"] + books["buffered"] + books["running"] + sum(
             books["dropped"].values()
         )
-    members = [line["id"] for line in folder.lines("trajectories.jsonl") if "update" in line]
+    members = [line["id"] for line in folder.lines("trajectories.jsonl")]
     assert sorted(members) == sorted(id_ for id_ in kept if id_.split("/")[0] in set(trained))
-    names = [line["evaluation"] for line in folder.lines("metrics.jsonl") if "evaluation" in line]
+    said = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
+    names = [line["evaluation"] for line in said if "evaluation" in line]
     assert names == ["heldout_before", "heldout_after"]
     summary = json.loads((folder.path / "summary.json").read_text())
     assert (summary["updates"], summary["lost_samples"], summary["episodes"]) == (updates, 0, len(started))
@@ -133,7 +85,7 @@ def check(folder: Folder, updates: int) -> None:
 
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tmp_path: Path, nano_path: Path) -> None:
     folder = Folder(tmp_path, nano_path, updates=3)
-    process = folder.start("small.toml")
+    process = folder.start("train", "small.toml")
     folder.wait_for(process, Recorded, 1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=DEADLINE_S)
@@ -141,13 +93,14 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tmp_path: Path, nano_p
     assert "Once more, and it ends at once" in err
     assert "Go on with: ale train runs/a --resume" in err
     kept = {e.trajectory.id for e in folder.events() if isinstance(e, RolloutKept)}
-    folder.run("runs/a", "--resume")
+    folder.ale("train", "runs/a", "--resume")
     check(folder, 3)
     assert kept <= {e.trajectory.id for e in folder.events() if isinstance(e, RolloutKept)}
 
     before = (folder.path / "summary.json").read_bytes()
-    out, _ = folder.run("runs/a", "--resume")
-    assert "had ended before; nothing was left to do" in out
+    done = CliRunner().invoke(app, ["train", str(folder.path), "--resume"])
+    assert done.exit_code == 0, done.output
+    assert "had ended before; nothing was left to do" in done.output
     assert (folder.path / "summary.json").read_bytes() == before
 
 
@@ -155,7 +108,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tmp_path: Path, nano_p
 @pytest.mark.timeout(7200)
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path, nano_path: Path) -> None:
     folder, rng, updates = Folder(tmp_path, nano_path, updates=8), random.Random(0), 8
-    kills, args = 0, ["small.toml"]
+    kills, args = 0, ["train", "small.toml"]
     while kills < 20:
         process = folder.start(*args)
         # A life that is killed before it has written anything tells little: most are given time to get somewhere.
@@ -172,9 +125,9 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path, nano_path: 
         process.communicate(timeout=DEADLINE_S)
         assert ended(descriptors) == len(descriptors)
         kills += 1
-        args = ["runs/a", "--resume"]
+        args = ["train", "runs/a", "--resume"]
     assert kills >= 5
-    folder.run("runs/a", "--resume")
+    folder.ale("train", "runs/a", "--resume")
     check(folder, updates)
     assert not processes_with(folder.mark)
 
@@ -182,7 +135,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path, nano_path: 
 @pytest.mark.full
 def test_ctrl_c_twice_ends_at_once_and_the_run_can_be_resumed(tmp_path: Path, nano_path: Path) -> None:
     folder = Folder(tmp_path, nano_path, updates=2)
-    process = folder.start("small.toml")
+    process = folder.start("train", "small.toml")
     folder.wait_for(process, RolloutKept, 1)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
@@ -193,7 +146,7 @@ def test_ctrl_c_twice_ends_at_once_and_the_run_can_be_resumed(tmp_path: Path, na
     assert process.returncode == 130
     assert "Ended at once" in err or "Go on with" in err
     assert time.monotonic() - began < 30
-    folder.run("runs/a", "--resume")
+    folder.ale("train", "runs/a", "--resume")
     check(folder, 2)
 
 
@@ -205,7 +158,7 @@ def test_a_full_disk_ends_the_run_in_one_paragraph_and_nothing_is_lost(tmp_path:
     script = (
         'mount -t tmpfs -o size=2m tmpfs runs && { "$@"; code=$?; mkdir -p kept && cp -a runs/. kept; exit $code; }'
     )
-    process = folder.start("small.toml", wrap=("unshare", "-m", "sh", "-c", script, "sh"))
+    process = folder.start("train", "small.toml", wrap=("unshare", "-m", "sh", "-c", script, "sh"))
     _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2, err
     assert "cannot be written" in err
@@ -213,5 +166,5 @@ def test_a_full_disk_ends_the_run_in_one_paragraph_and_nothing_is_lost(tmp_path:
     assert "Traceback" not in err
     (tmp_path / "runs").rmdir()
     (tmp_path / "kept").rename(tmp_path / "runs")
-    folder.run("runs/a", "--resume")
+    folder.ale("train", "runs/a", "--resume")
     check(folder, 6)

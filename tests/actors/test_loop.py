@@ -58,7 +58,7 @@ def schedules(draw):
     }
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedule=schedules())
 def test_no_trained_token_is_older_than_max_lag_and_nothing_is_lost(loop, schedule):
     hold(loop, schedule)

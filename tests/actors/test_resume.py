@@ -193,40 +193,42 @@ def test_a_kill_after_any_record_of_a_run_with_extras_drops_each_redundant_rollo
         check(again, lives, 3)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    kills=st.lists(st.integers(0, 25), max_size=20),
-    max_lag=st.integers(0, 2),
-    on_stale=st.sampled_from(["discard", "wait"]),
-    shuffle=st.booleans(),
-    refused=st.booleans(),
-    extra_members=st.sampled_from([0, 2]),
-    extra_groups=st.sampled_from([0, 2]),
-    straggler_s=st.sampled_from([None, 4.0]),
-)
-def test_twenty_kills_at_any_records_lose_nothing(
-    loop: Any,
-    kills: list[int],
-    max_lag: int,
-    on_stale: Any,
-    shuffle: bool,
-    refused: bool,
-    extra_members: int,
-    extra_groups: int,
-    straggler_s: float | None,
-) -> None:
-    schedule = SCHEDULE | {
-        "max_lag": max_lag,
-        "extra_members": extra_members,
-        "extra_groups": extra_groups if on_stale == "discard" else 0,
-        "straggler_s": straggler_s,
+@st.composite
+def schedules(draw: Any) -> dict[str, Any]:
+    on_stale, refused = draw(st.sampled_from(["discard", "wait"])), draw(st.booleans())
+    return SCHEDULE | {
+        "max_lag": draw(st.integers(0, 2)),
+        "extra_members": draw(st.sampled_from([0, 2])),
+        "extra_groups": draw(st.sampled_from([0, 2])) if on_stale == "discard" else 0,
+        "straggler_s": draw(st.sampled_from([None, 4.0])),
         "on_stale": on_stale,
-        "shuffle_rewards": shuffle,
+        "shuffle_rewards": draw(st.booleans()),
         "drop": lambda t: "bad_logprob" if refused and ord(t.id[-1]) % 2 else None,
     }
+
+
+KILLS = st.lists(st.integers(0, 25), max_size=20)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(kills=KILLS, schedule=schedules())
+def test_twenty_kills_at_any_records_lose_nothing(loop: Any, kills: list[int], schedule: dict[str, Any]) -> None:
+    hold(loop, kills, schedule)
+
+
+@pytest.mark.full
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(kills=KILLS, schedule=schedules())
+def test_twenty_kills_of_two_hundred_schedules_lose_nothing(
+    loop: Any, kills: list[int], schedule: dict[str, Any]
+) -> None:
+    hold(loop, kills, schedule)
+
+
+def hold(loop: Any, kills: list[int], schedule: dict[str, Any]) -> None:
     disk, lives = kill_and_resume(loop, kills, **schedule)
     check(disk, lives, 5)
-    assert all(0 <= lag <= max_lag for life in lives for lag in life.tried.learner.lags)
+    assert all(0 <= lag <= schedule["max_lag"] for life in lives for lag in life.tried.learner.lags)
 
 
 @pytest.mark.parametrize("selection", ["unsolved", "moderate"])

@@ -33,7 +33,7 @@ from ale.wire import Message
 
 HERE = Path(__file__).parent.parent
 FULL = pytest.mark.full
-SILENCE_S = 300.0  # less than the deadline of a rollout
+SILENCE_S = 120.0  # less than the deadline of a rollout
 
 
 def watched(loop: Any, folder: Path, silence_s: float = SILENCE_S, **more: Any) -> Any:
@@ -91,7 +91,7 @@ def test_a_sandbox_that_never_answers_is_named_with_its_task_and_its_command(loo
     error, moment = stalls(it, tmp_path)
     assert "the end of a command in the sandbox of t" in str(error)
     assert "'make tests'" in str(error)
-    assert "Nothing was finished for 5 min" in str(error)
+    assert "Nothing was finished for 2 min" in str(error)
     cause = find(moment)
     assert cause is not None
     assert "its time-out" in cause.release

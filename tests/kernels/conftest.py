@@ -1,7 +1,8 @@
 """The kernels under Triton's interpreter, on CPU tensors.
 
 Triton decides when it is imported whether it interprets, so tests that ask for `use_kernels` run in a process with
-TRITON_INTERPRET=1, which `test_under_the_interpreter.py` starts; elsewhere they are not collected.
+TRITON_INTERPRET=1, which `test_under_the_interpreter.py` starts; elsewhere they are not collected. The interpreter is
+slow: what only repeats a case that another test has on another chip or in another type is left to the full suite.
 """
 
 import os
@@ -13,7 +14,18 @@ import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
+SM80, SM90 = (8, 0), (9, 0)
+"""Without and with the unit that moves tiles by descriptor."""
 UseKernels = Callable[[tuple[int, int]], None]
+
+
+def chips_and_types(*dtypes: torch.dtype) -> list[Any]:
+    """All pairs, for `parametrize("chip, dtype")`: each chip and each type once, the other pairs in the full suite."""
+    return [
+        pytest.param(chip, dtype, id=f"{name}, {dtype}", marks=[pytest.mark.full] if (m + n) % 2 else [])
+        for m, dtype in enumerate(dtypes)
+        for n, (name, chip) in enumerate((("pointers", SM80), ("descriptors", SM90)))
+    ]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

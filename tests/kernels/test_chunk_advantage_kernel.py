@@ -18,12 +18,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_every_test_of_the_op_passes_on_the_kernels_under_the_interpreter() -> None:
-    """Triton decides at import whether it interprets, hence a process of its own."""
+def interpret(*options: str, examples: int) -> int:
+    """How many tests of the op pass. Triton decides at import whether it interprets, hence a process of its own."""
     tests = Path(__file__).with_name("test_chunk_advantage_op.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(tests)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "ALE_EXAMPLES": str(examples)},
         capture_output=True,
         text=True,
         timeout=280,
@@ -33,7 +33,16 @@ def test_every_test_of_the_op_passes_on_the_kernels_under_the_interpreter() -> N
     # All but one, that the CPU path works without triton.
     summary = re.search(r"(\d+) passed, 1 skipped", run.stdout)
     assert summary is not None, run.stdout[-500:]
-    assert int(summary[1]) > 80
+    return int(summary[1])
+
+
+def test_the_tests_of_the_op_pass_on_the_kernels_under_the_interpreter() -> None:
+    assert interpret("-m", "not full", examples=3) > 60
+
+
+@pytest.mark.full
+def test_every_test_of_the_op_passes_there_over_its_whole_grid_too() -> None:
+    assert interpret(examples=8) > 80
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ from ale.kernels.chunk_advantage.reference import chunk_advantage_reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter computes with numpy, which warns where a GPU returns inf or NaN as it should.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")] if INTERPRETED else []
-EXAMPLES = 8 if INTERPRETED else 60
+# A call takes 0.2 s there. What only repeats the equations over a grid is run there by the full suite.
+EXAMPLES = int(os.environ.get("ALE_EXAMPLES", 3)) if INTERPRETED else 60
+GRID = [pytest.mark.full] if INTERPRETED else []
 LN2 = math.log(2.0)
 
 ALGORITHMS = {
@@ -186,7 +188,9 @@ def test_gradcheck_in_float64_where_the_ratio_is_clipped_and_so_constant() -> No
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("normalization", ["token", "sequence", "sequence_token"])
+@pytest.mark.parametrize(
+    "normalization", ["token", pytest.param("sequence", marks=GRID), pytest.param("sequence_token", marks=GRID)]
+)
 def test_every_algorithm_matches_the_float64_reference(name: str, normalization: Any) -> None:
     assert_matches_reference(draw(RAGGED, seed=3), weighting=replace(ALGORITHMS[name], normalization=normalization))
 
@@ -198,6 +202,33 @@ def test_half_precision_inputs_are_summed_in_fp32(dtype: torch.dtype, tolerance:
     ours, _ = solve(arguments)
     wide, _ = solve({k: v.double() if k.startswith("logp") else v for k, v in arguments.items()})
     torch.testing.assert_close(ours.log_ratio_U.double(), wide.log_ratio_U, rtol=1e-5, atol=1e-6)
+
+
+def improbable(lengths: Chunks, mean: float) -> dict[str, Any]:
+    """Policies that agree to a percent on tokens they find improbable: sums are large and their difference is not."""
+    arguments = draw(lengths, seed=11)
+    old = arguments["logp_T"] + mean
+    noise = torch.randn(2, len(old), generator=torch.Generator().manual_seed(12)) * 0.01
+    return {**arguments, "logp_T": old + noise[0], "logp_old_T": old, "logp_mu_T": old + noise[1]}
+
+
+def test_a_mean_ratio_of_improbable_tokens_is_within_1e_5_of_float64() -> None:
+    rule = Weighting(clip_positive=(0.0, 4.0), clip_negative=(0.0, 4.0))
+    assert_ratios_are_those_of_float64(improbable([[1, 7, 64, 1000], [30_000, 2], [64] * 40], mean=-10.0), rule)
+
+
+def test_a_ratio_that_is_a_product_over_ten_thousand_tokens_is_within_1e_5_of_float64() -> None:
+    rule = replace(ALGORITHMS["topr"], clip_positive=(0.0, 4.0), clip_negative=(0.0, 4.0))
+    assert_ratios_are_those_of_float64(improbable([[50] * 200, [10_000]], mean=-1.0), rule)
+
+
+def assert_ratios_are_those_of_float64(arguments: dict[str, Any], rule: Weighting) -> None:
+    ours, gradient = solve(arguments, weighting=rule)
+    wide, exact = solve({k: v.double() if k.startswith("logp") else v for k, v in arguments.items()}, weighting=rule)
+    assert torch.equal(ours.mask_U, wide.mask_U)
+    torch.testing.assert_close(ours.weight_U.double(), wide.weight_U, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.loss.double(), wide.loss, rtol=1e-5, atol=0)
 
 
 # --- rewards within a trajectory --------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from ale.kernels import grouped_gemm
 from ale.kernels.grouped_gemm import op, tiles
 from ale.kernels.grouped_gemm.reference import grouped_gemm_reference
 
-SM80, SM90 = (8, 0), (9, 0)
+from .conftest import SM90, chips_and_types
+
 VARIANTS = ("plain", "gather", "scatter and scale", "swiglu")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Largest error over largest value: a few roundings of each type."""
@@ -204,9 +205,8 @@ def test_another_device_is_refused() -> None:
         grouped_gemm(X.to("meta"), W.to("meta"), ENDS.to("meta"))
 
 
-@pytest.mark.parametrize("chip", [SM80, SM90], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("chip", "dtype"), chips_and_types(torch.float32, torch.float16))
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernels_equal_the_reference(
     dtype: torch.dtype, variant: str, chip: tuple[int, int], use_kernels: Any
 ) -> None:

@@ -14,7 +14,8 @@ from ale.kernels import linear_logprob
 from ale.kernels.linear_logprob import tiles
 from ale.kernels.linear_logprob.reference import linear_logprob_reference
 
-SM80, SM90 = (8, 0), (9, 0)
+from .conftest import SM90, chips_and_types
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -175,8 +176,7 @@ def test_bad_input_is_refused_by_name(case: str) -> None:
         linear_logprob(*args, **options)
 
 
-@pytest.mark.parametrize("chip", [SM80, SM90], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("chip", "dtype"), chips_and_types(torch.float32, torch.float16, torch.bfloat16))
 @pytest.mark.parametrize(
     ("shape", "options"),
     [

@@ -11,6 +11,8 @@ from ale.kernels import linear_logprob, moe_experts, register_experts
 from ale.kernels.moe import STREAM_ROWS, cpu_path, sort_by_expert
 from ale.kernels.routing_replay import NOT_RECORDED, record_routing, replay_routing
 
+from .conftest import chips_and_types
+
 transformers = pytest.importorskip("transformers")
 register_experts()
 
@@ -80,8 +82,7 @@ def test_the_layer_passes_gradcheck_in_float64(stream_rows: int, monkeypatch: py
     assert torch.autograd.gradcheck(lambda x, weights, *w: moe_experts(x, experts, weights, *w), leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("chip", [(8, 0), (9, 0)], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("chip", "dtype"), chips_and_types(torch.float32, torch.float16))
 def test_the_layer_on_the_kernels_equals_one_token_at_a_time(
     dtype: torch.dtype, chip: tuple[int, int], use_kernels: Any
 ) -> None:

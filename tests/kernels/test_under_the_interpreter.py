@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 FILES = ("test_grouped_gemm.py", "test_linear_logprob.py", "test_moe.py")
 
 
-def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not full", pytest.param("full", marks=pytest.mark.full)])
+def test_the_kernels_pass_their_tests_under_the_interpreter(which: str) -> None:
     files = [str(Path(__file__).with_name(name)) for name in FILES]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", which, *files],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

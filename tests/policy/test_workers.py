@@ -116,7 +116,9 @@ def test_a_model_that_is_not_there_is_an_error_of_whoever_opens_it(tmp_path: Pat
     run(scenario)
 
 
-def test_a_session_ended_in_mid_turn_fails_that_turn_alone(nano_path: Path, ask: Ask) -> None:
+def test_the_engine_serves_on_after_a_session_that_ended_in_mid_turn_and_requests_it_cannot_run(
+    nano_path: Path, ask: Ask
+) -> None:
     async def scenario() -> None:
         async with open_embedded(engine(nano_path)) as policy:
             cut = asyncio.create_task(policy.generate(ask("cut", range(10, 30), max_tokens=1500)))
@@ -127,13 +129,6 @@ def test_a_session_ended_in_mid_turn_fails_that_turn_alone(nano_path: Path, ask:
                 await cut
             assert len((await other).tokens_A) == 60
             assert (await policy.statistics()).running == 0
-
-    run(scenario)
-
-
-def test_the_engine_serves_on_after_a_request_it_cannot_run(nano_path: Path, ask: Ask) -> None:
-    async def scenario() -> None:
-        async with open_embedded(engine(nano_path)) as policy:
             with pytest.raises(PolicyError, match="prompt_T is empty"):
                 await policy.generate(ask("s", []))
             with pytest.raises(PolicyError, match="opened without a weight ring"):

@@ -7,10 +7,12 @@ import gc
 import os
 import random
 from collections import Counter
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ale.errors import SandboxError
 from ale.sandbox.state import PREFIX, processes_on
 
 
@@ -89,3 +91,22 @@ def below(pid: int) -> list[int]:
 
 async def moment(chance: random.Random, longest_s: float) -> None:
     await asyncio.sleep(chance.uniform(0, longest_s))
+
+
+async def failure_on_a_full_disk(
+    work: Coroutine[Any, Any, None], disk: Path, chance: random.Random, *, longest_s: float, deadline_s: float
+) -> BaseException | None:
+    """How `work` fails, if it does, on a disk that is full but for a little from some moment of it on. There is room
+    again afterwards."""
+    working = asyncio.ensure_future(work)
+    await moment(chance, longest_s)
+    full, ballast = os.statvfs(disk), disk / "ballast"
+    left = chance.choice((0, 0, 100_000, 600_000, 1_200_000))
+    with open(ballast, "wb") as file, suppress(OSError):  # noqa: ASYNC230
+        os.posix_fallocate(file.fileno(), 0, max(1, full.f_bavail * full.f_frsize - left))
+    async with asyncio.timeout(deadline_s):
+        await asyncio.wait([working])
+    ballast.unlink()
+    error = working.exception()
+    assert error is None or isinstance(error, SandboxError | OSError), error
+    return error

@@ -23,7 +23,7 @@ from ale.sandbox.state import PREFIX
 from ale.testing.dockerd import Dockerd, Unavailable, own_dockerd
 
 from .conftest import import_rootfs
-from .counted import below, descriptors, moment
+from .counted import below, descriptors, failure_on_a_full_disk, moment
 from .mother import Mother
 
 pytestmark = [pytest.mark.docker, pytest.mark.full, pytest.mark.timeout(900)]
@@ -259,7 +259,6 @@ async def test_a_daemon_whose_disk_fills_up_at_any_moment_goes_on_when_there_is_
         folder.mkdir()
     (base / "data").write_bytes(b"d" * 500_000)
     disk, failed = cramped.folder / "data", []
-    ballast = disk / "ballast"
 
     async def use(engine: Any) -> None:
         async with engine.start(SandboxSpec(base=(str(base),))) as sandbox:
@@ -278,17 +277,8 @@ async def test_a_daemon_whose_disk_fills_up_at_any_moment_goes_on_when_there_is_
         open_docker(host=cramped.host, image=image, state_dir=state) as engine,
     ):
         for _ in range(TIMES):
-            using = asyncio.ensure_future(use(engine))
-            await moment(chance, 1.0)
-            full = os.statvfs(disk)
-            room = chance.choice((0, 100_000, 600_000, 1_200_000))
-            with open(ballast, "wb") as file, suppress(OSError):  # noqa: ASYNC230
-                os.posix_fallocate(file.fileno(), 0, max(1, full.f_bavail * full.f_frsize - room))
-            async with asyncio.timeout(END_S):
-                await asyncio.wait([using])
-            ballast.unlink()
-            if (error := using.exception()) is not None:
-                assert isinstance(error, SandboxError | OSError), error
+            error = await failure_on_a_full_disk(use(engine), disk, chance, longest_s=1.0, deadline_s=END_S)
+            if error is not None:
                 failed.append(error)
             assert engine.statistics().alive == 0
         async with asyncio.timeout(END_S):

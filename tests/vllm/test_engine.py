@@ -18,7 +18,6 @@ import pytest
 
 import ale
 from ale.config import AgentConfig, EvalConfig, LearnerConfig, PolicyConfig, RolloutConfig, RunConfig, TasksConfig
-from ale.errors import ModelError
 from ale.messages import Chunk, Generate, Sampling, Turn
 from ale.wire import Array
 
@@ -30,25 +29,12 @@ import torch
 from ale.learner.batch import split
 from ale.learner.forward import action_logp
 from ale.models.load import load_model, load_tokenizer
-from ale.models.smollm2 import save_smollm2
 from ale.policy.open import Learning, open_policy
 from ale.policy.served import ServedPolicy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 TOLERANCE = 1e-4
 PROMPTS = ("What is the capital of France?", "Name a colour.", "Count to ten.", "Write a line about the sea.")
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if given := os.environ.get("ALE_SMOLLM2"):
-        return Path(given)
-    path = tmp_path_factory.mktemp("models") / "smollm2"
-    try:
-        save_smollm2(path)
-    except ModelError as error:
-        pytest.skip(str(error))
-    return path
 
 
 def config() -> RunConfig:

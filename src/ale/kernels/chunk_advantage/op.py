@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu
-from .cpu import Tokens
+from .cpu import Parts, Tokens
 from .reference import ChunkAdvantage, Counts, Weighting
-from .tiles import Floats, Integers, Ragged
+from .tiles import Floats, Integers, Ragged, Rewards
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _IPA = Weighting()
@@ -65,25 +66,23 @@ def chunk_advantage(
     """
     rule = weighting or _IPA
     ragged = _check(logp_T, logp_old_T, logp_mu_T, chunk_offsets, trajectory_offsets, carry_C)
-    advantages = _check_vector("advantage_N", advantage_N, "N", ragged.N)
-    intrinsic = None if chunk_rewards_C is None else _check_vector("chunk_rewards_C", chunk_rewards_C, "C", ragged.C)
+    rewards = _check_rewards(ragged, advantage_N, chunk_rewards_C, outcome_chunk_N)
     if normalizer is not None and not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer: expected a finite number >= 0, got {normalizer}")
     if rule.normalization == "constant" and not normalizer:
         raise ValueError(f'normalizer: normalization "constant" needs a positive number, got {normalizer}')
 
     tokens = Tokens(logp_T.detach(), logp_old_T, logp_mu_T, ragged, rule)
-    reward_C = _rewards(ragged, advantages, intrinsic, outcome_chunk_N)
     expand: Expand
     if _on_kernel(logp_T):
         from . import cuda  # here, because the CPU path needs no triton
 
-        parts, expand = cuda.forward(tokens, reward_C, normalizer)
+        parts, expand = cuda.forward(tokens, rewards.per_chunk(ragged), normalizer)
     else:
-        parts, expand = cpu.forward(tokens, reward_C, normalizer), partial(cpu.expand, ragged)
+        parts, expand = cpu.forward(tokens, rewards, normalizer), partial(cpu.expand, ragged)
     if rule.per_token:
         expand = Tensor.to
-    loss = _Surrogate.apply(logp_T, parts.loss, parts.gradient_U, expand)  # type: ignore[no-untyped-call]
+    loss = _Surrogate.apply(logp_T, parts, expand)  # type: ignore[no-untyped-call]
     return ChunkAdvantage(loss, rule, *parts[2:])
 
 
@@ -105,7 +104,7 @@ def chunk_counts(
         from . import cuda
 
         # The ratio is not needed: pi_old stands in for pi, and its second read comes from the cache.
-        parts, _ = cuda.forward(tokens._replace(logp_T=logp_old_T), np.zeros(ragged.C), 0.0)
+        parts, _ = cuda.forward(replace(tokens, logp_T=logp_old_T), np.zeros(ragged.C), 0.0)
         kept_U = torch.where(parts.mask_U, parts.tokens_U, 0).cpu().numpy()
     else:
         _, _, kept_U = cpu.mask(tokens)
@@ -116,16 +115,16 @@ class _Surrogate(torch.autograd.Function):
     """The gradient written down: each token gets that of its unit, - weight / Z."""
 
     @staticmethod
-    def forward(ctx: Any, logp_T: Tensor, loss: Tensor, gradient_U: Tensor, expand: Expand) -> Tensor:
-        ctx.save_for_backward(gradient_U)
+    def forward(ctx: Any, logp_T: Tensor, parts: Parts, expand: Expand) -> Tensor:
+        ctx.save_for_backward(parts.gradient_U)
         ctx.expand, ctx.dtype = expand, logp_T.dtype
-        return loss
+        return parts.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_U,) = ctx.saved_tensors
-        return ctx.expand(gradient_U * upstream, ctx.dtype), None, None, None
+        return ctx.expand(gradient_U * upstream, ctx.dtype), None, None
 
 
 def _on_kernel(tensor: Tensor) -> bool:
@@ -155,13 +154,13 @@ def _check(
             )
     chunks = _check_offsets("chunk_offsets", chunk_offsets, logp_T.shape[0], "tokens")
     trajectories = _check_offsets("trajectory_offsets", trajectory_offsets, len(chunks) - 1, "chunks")
-    if carry_C is None:
-        return Ragged(chunks, trajectories, None)
-    if carry_C.dtype != torch.bool or carry_C.shape != (len(chunks) - 1,):
-        raise ValueError(
-            f"carry_C: expected [{len(chunks) - 1}] of torch.bool, got {list(carry_C.shape)} of {carry_C.dtype}"
-        )
-    return Ragged(chunks, trajectories, carry_C.cpu().numpy())
+    ragged = Ragged(chunks, trajectories, None if carry_C is None else carry_C.cpu().numpy())
+    for name, lengths in (("chunk_offsets", ragged.lengths_C), ("trajectory_offsets", ragged.chunks_N)):
+        if lengths.min(initial=0) < 0:
+            raise ValueError(f"{name}: expected offsets that do not fall, got a fall at {int(lengths.argmin())}")
+    if carry_C is not None and (carry_C.dtype != torch.bool or carry_C.shape != (ragged.C,)):
+        raise ValueError(f"carry_C: expected [{ragged.C}] of torch.bool, got {list(carry_C.shape)} of {carry_C.dtype}")
+    return ragged
 
 
 def _check_offsets(name: str, offsets: Tensor, total: int, of: str) -> Integers:
@@ -174,31 +173,30 @@ def _check_offsets(name: str, offsets: Tensor, total: int, of: str) -> Integers:
     values: Integers = offsets.cpu().numpy()
     if values[0] != 0 or values[-1] != total:
         raise ValueError(f"{name}: expected to run from 0 to the {total} {of}, got {values[0]} to {values[-1]}")
-    if (values[1:] < values[:-1]).any():
-        raise ValueError(
-            f"{name}: expected offsets that do not fall, got a fall at {int((values[1:] - values[:-1]).argmin())}"
-        )
     return values
 
 
 def _check_vector(name: str, values: Tensor, axis: str, length: int) -> Floats:
     if values.shape != (length,) or not values.is_floating_point():
         raise ValueError(f"{name}: expected a float [{axis}] = [{length}], got {list(values.shape)} of {values.dtype}")
-    wide: Floats = values.detach().double().cpu().numpy()
-    return wide
+    return cpu.widen(values.cpu())
 
 
-def _rewards(ragged: Ragged, advantage_N: Floats, rewards_C: Floats | None, outcome_N: Tensor | None) -> Floats:
-    """fp64 [C]: r_k, with the advantage of each trajectory added at its outcome chunk."""
-    filled, outcome = ragged.chunks_N > 0, ragged.chunks_N - 1
-    if outcome_N is not None:
-        if outcome_N.dtype != torch.int64 or outcome_N.shape != (ragged.N,):
-            raise ValueError(
-                f"outcome_chunk_N: expected int64 [{ragged.N}], got {list(outcome_N.shape)} of {outcome_N.dtype}"
-            )
-        last, outcome = outcome, outcome_N.cpu().numpy()
-        if (filled & ((outcome < 0) | (outcome > last))).any():
-            raise ValueError("outcome_chunk_N: expected an index of a chunk of its own trajectory")
-    reward_C = np.zeros(ragged.C) if rewards_C is None else rewards_C.copy()
-    reward_C[(ragged.trajectory_offsets[:-1] + outcome)[filled]] += advantage_N[filled]
-    return reward_C
+def _check_rewards(
+    ragged: Ragged, advantage_N: Tensor, chunk_rewards_C: Tensor | None, outcome_chunk_N: Tensor | None
+) -> Rewards:
+    advantages = _check_vector("advantage_N", advantage_N, "N", ragged.N)
+    intrinsic = None if chunk_rewards_C is None else _check_vector("chunk_rewards_C", chunk_rewards_C, "C", ragged.C)
+    if intrinsic is not None and not intrinsic.any():
+        intrinsic = None  # spares the scan
+    if outcome_chunk_N is None:
+        return Rewards(advantages, None, intrinsic)
+    if outcome_chunk_N.dtype != torch.int64 or outcome_chunk_N.shape != (ragged.N,):
+        raise ValueError(
+            f"outcome_chunk_N: expected int64 [{ragged.N}], "
+            f"got {list(outcome_chunk_N.shape)} of {outcome_chunk_N.dtype}"
+        )
+    outcome: Integers = outcome_chunk_N.cpu().numpy()
+    if ((ragged.chunks_N > 0) & ((outcome < 0) | (outcome >= ragged.chunks_N))).any():
+        raise ValueError("outcome_chunk_N: expected an index of a chunk of its own trajectory")
+    return Rewards(advantages, ragged.trajectory_offsets[:-1] + outcome, intrinsic)

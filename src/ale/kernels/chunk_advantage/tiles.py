@@ -35,7 +35,11 @@ class Ragged:
 
     @cached_property
     def lengths_C(self) -> Integers:
-        return np.diff(self.chunk_offsets)
+        return self.chunk_offsets[1:] - self.chunk_offsets[:-1]
+
+    @cached_property
+    def filled_C(self) -> Flags:
+        return self.lengths_C > 0
 
     @cached_property
     def tokens_C(self) -> Integers:
@@ -43,11 +47,28 @@ class Ragged:
 
     @cached_property
     def chunks_N(self) -> Integers:
-        return np.diff(self.trajectory_offsets)
+        return self.trajectory_offsets[1:] - self.trajectory_offsets[:-1]
 
     def unit_offsets(self, per_token: bool) -> Integers:
         """Offsets of the trajectories over units."""
         return self.chunk_offsets[self.trajectory_offsets] if per_token else self.trajectory_offsets
+
+
+class Rewards(NamedTuple):
+    """Checked and on the CPU: what each trajectory and each chunk earned."""
+
+    advantage_N: Floats
+    outcome_N: Integers | None
+    """The chunk, counted over the whole call, at which the advantage of a trajectory is given. None: its last."""
+    intrinsic_C: Floats | None
+
+    def per_chunk(self, ragged: Ragged) -> Floats:
+        """fp64: r_k with the advantage of each trajectory added at its outcome chunk."""
+        reward_C = np.zeros(ragged.C) if self.intrinsic_C is None else self.intrinsic_C.astype(np.float64)
+        outcome_N = ragged.trajectory_offsets[1:] - 1 if self.outcome_N is None else self.outcome_N
+        filled_N = ragged.chunks_N > 0
+        reward_C[outcome_N[filled_N]] += self.advantage_N[filled_N]
+        return reward_C
 
 
 class Tile(NamedTuple):
