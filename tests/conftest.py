@@ -31,6 +31,7 @@ CORPUS = [
 LONGEST = (
     *("test_learning.py", "test_chunk_advantage_kernel.py", "test_resume.py", "test_under_the_interpreter.py"),
     *("test_ranks.py", "test_embedding.py", "test_ahead_of_time.py"),
+    *("test_chaos.py", "test_training.py", "test_docker_faults.py", "test_random_faults.py"),  # of `just test-full`
 )
 
 
