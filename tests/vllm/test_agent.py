@@ -174,7 +174,7 @@ def test_twenty_generated_tasks_each_end_by_themselves_and_the_server_counts_wha
                 calls[call.name] += 1
                 assert call.id in results
             failed += event.error
-    assert calls["shell"] >= len(TASKS) // 2, calls
+    assert calls.total() - calls["finish"] >= len(TASKS), calls  # it prefers to write files
     assert outside.read_text() == "untouched"
     rewards = loop.run(scores())
     print(f"{statuses}, {calls}, {failed} failed calls, {tokens} tokens, reward {sum(rewards):g} of {len(rewards)}")
