@@ -3,10 +3,7 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
-import uuid
 from pathlib import Path
 
 import pytest
@@ -14,23 +11,17 @@ import pytest
 from ale.sandbox import Command, SandboxSpec, open_engine
 from ale.sandbox.state import PREFIX, default_parent
 from ale.testing.processes import ended, processes_with
+from ale.testing.small_run import SmallRun
 
-CONFIG = """
-[tasks]
-heldout = 1
-families = 0
-[agent]
-max_turns = 4
-max_turn_tokens = 4
-[rollout]
-group_size = 1
-groups_per_step = 4
-concurrency = 8
-[algorithm]
-baseline = "signed"
-[learner]
-updates = 100000
-"""
+CHANGES = {
+    "tasks.heldout": 1,
+    "warm_start.steps": 0,
+    "agent.max_turns": 4,
+    "agent.max_turn_tokens": 4,
+    "rollout.group_size": 1,
+    "rollout.groups_per_step": 4,
+    "learner.updates": 100_000,
+}
 DEADLINE_S = 120
 
 
@@ -51,17 +42,9 @@ def held_still_with_sandboxes(pid: int) -> Path:
 
 
 @pytest.mark.full
-def test_sigkill_of_a_run_leaves_nothing_behind_after_the_next_start(tmp_path: Path) -> None:
-    (tmp_path / "small.toml").write_text(CONFIG)
-    mark = uuid.uuid4().hex
-    run = subprocess.Popen(
-        [sys.executable, "-c", "from ale.cli import main; main()", "train", "small.toml"],
-        cwd=tmp_path,
-        env=os.environ | {"ALE_TEST_RUN": mark, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def test_sigkill_of_a_run_leaves_nothing_behind_after_the_next_start(tmp_path: Path, nano_path: Path) -> None:
+    small = SmallRun(tmp_path, nano_path, CHANGES)
+    run = small.start("train", "small.toml")
     assert run.stdout is not None
     try:
         said = []
@@ -69,10 +52,10 @@ def test_sigkill_of_a_run_leaves_nothing_behind_after_the_next_start(tmp_path: P
             said.append(line)
             if " train " in line:
                 break
-        assert run.poll() is None, "".join(said)
+        assert run.poll() is None, ("".join(said), run.communicate())
         state = held_still_with_sandboxes(run.pid)
         groups = [Path(line) for line in (state / "cgroups").read_text().splitlines()]
-        own = processes_with(mark)
+        own = processes_with(small.mark)
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in own}
         for module in ("ale.policy.engine_process", "ale.learner.learner_process"):
             assert any(module in command for command in commands.values())
@@ -84,7 +67,7 @@ def test_sigkill_of_a_run_leaves_nothing_behind_after_the_next_start(tmp_path: P
     async def start_again() -> None:
         async with open_engine("local") as engine:
             assert await asyncio.to_thread(ended, watched) == len(watched)
-            assert not processes_with(mark)
+            assert not processes_with(small.mark)
             assert not processes_with(state.name)
             assert not any(state.name in line for line in mounts())
             assert not state.exists()
