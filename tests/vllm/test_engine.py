@@ -108,23 +108,17 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def bench(smollm2: Path, runner: asyncio.Runner) -> Iterator[Bench]:
+def bench(smollm2: Path, loop: asyncio.Runner) -> Iterator[Bench]:
     torch.set_num_threads(1)
     bench = Bench(smollm2)
     opened = bench.opened()
-    runner.run(opened.__aenter__())
+    loop.run(opened.__aenter__())
     yield bench
-    runner.run(opened.__aexit__(None, None, None))
+    loop.run(opened.__aexit__(None, None, None))
 
 
 def test_log_probabilities_are_those_of_the_training_forward_before_and_after_a_sync(
-    bench: Bench, runner: asyncio.Runner
+    bench: Bench, loop: asyncio.Runner
 ) -> None:
     async def scenario() -> None:
         before: list[list[int]] = []
@@ -144,10 +138,10 @@ def test_log_probabilities_are_those_of_the_training_forward_before_and_after_a_
             assert said != before, "weights so different say the same: they did not arrive"
             before = said
 
-    runner.run(scenario())
+    loop.run(scenario())
 
 
-def test_a_turn_ends_with_its_stop_token_and_says_so(bench: Bench, runner: asyncio.Runner) -> None:
+def test_a_turn_ends_with_its_stop_token_and_says_so(bench: Bench, loop: asyncio.Runner) -> None:
     async def scenario() -> None:
         free = (await bench.ask("free", 1, max_tokens=12, temperature=0.0)).tokens_A.numpy().tolist()
         stop = free[5]
@@ -155,10 +149,10 @@ def test_a_turn_ends_with_its_stop_token_and_says_so(bench: Bench, runner: async
         assert turn.finish == "stop"
         assert turn.tokens_A.numpy().tolist() == free[: free.index(stop) + 1]
 
-    runner.run(scenario())
+    loop.run(scenario())
 
 
-def test_a_sync_in_the_middle_of_sixteen_long_answers_loses_no_token(bench: Bench, runner: asyncio.Runner) -> None:
+def test_a_sync_in_the_middle_of_sixteen_long_answers_loses_no_token(bench: Bench, loop: asyncio.Runner) -> None:
     async def scenario() -> None:
         asked, old = 16, bench.version
         before = Weights(bench.path)
@@ -183,12 +177,12 @@ def test_a_sync_in_the_middle_of_sixteen_long_answers_loses_no_token(bench: Benc
             np.testing.assert_allclose(logp_A, expected, atol=TOLERANCE, rtol=0)
         assert both == asked
 
-    runner.run(scenario())
+    loop.run(scenario())
 
 
 @pytest.mark.parametrize("who", ["server", "engine"])
 def test_a_server_killed_in_mid_answer_is_brought_back_and_no_answer_is_lost(
-    bench: Bench, runner: asyncio.Runner, who: str
+    bench: Bench, loop: asyncio.Runner, who: str
 ) -> None:
     async def scenario() -> None:
         replica, reissued = bench.policy._replicas[0], bench.policy.reissued
@@ -210,7 +204,7 @@ def test_a_server_killed_in_mid_answer_is_brought_back_and_no_answer_is_lost(
             np.testing.assert_allclose(turn.logp_A.numpy(), expected, atol=TOLERANCE, rtol=0)
         assert not psutil.pid_exists(victim)
 
-    runner.run(scenario())
+    loop.run(scenario())
 
 
 def _engine_of(server: int) -> int:

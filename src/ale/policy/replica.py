@@ -37,6 +37,21 @@ class Weights(NamedTuple):
         return str(self.version)
 
 
+async def until_up(name: str, client: VllmClient, server: ServerProcess | None, deadline_s: float) -> None:
+    """Returns when the server answers; `server`, one of our own, is started first. Raises `DeadlineExceeded`, and
+    `WorkerDied` when it has ended by itself."""
+    if server is not None:
+        await server.start()
+    try:
+        async with asyncio.timeout(deadline_s):
+            while not await client.healthy(_BEAT_DEADLINE_S):
+                if server is not None and not server.running:
+                    raise await server.death()
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"the start of {name}", deadline_s) from error
+
+
 class Replica:
     """`weights` are the first, which a server of ours starts with. Without `command` the server is somebody else's."""
 
@@ -174,16 +189,7 @@ class Replica:
 
     async def _come_up(self) -> None:
         self._loading = False
-        if self.server is not None:
-            await self.server.start()
-        try:
-            async with asyncio.timeout(self._start_deadline_s):
-                while not await self.client.healthy(_BEAT_DEADLINE_S):
-                    if self.server is not None and not self.server.running:
-                        raise await self.server.death()
-                    await asyncio.sleep(_LOOK_S)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"the start of {self.name}", self._start_deadline_s) from error
+        await until_up(self.name, self.client, self.server, self._start_deadline_s)
         fresh = self._wanted
         if self.server is not None and fresh == self._original:
             await self.client.label(fresh.label)
